@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models in the layouts of the published ones, so that the real command runs in seconds on a CPU.
+
+    python tests/tiny_models.py FOLDER
+
+writes FOLDER/prior (as warp-ai/wuerstchen-prior), FOLDER/decoder (as warp-ai/wuerstchen) and FOLDER/encoder (as
+EfficientNetEncoder.save_pretrained does). Train on them with
+
+    python train_text_to_image_prior.py --pretrained_prior_model_name_or_path FOLDER/prior \\
+        --pretrained_decoder_model_name_or_path FOLDER/decoder \\
+        --pretrained_image_encoder_name_or_path FOLDER/encoder \\
+        --train_data_dir tests/data/emoji-64 --resolution 64
+
+The numbers that the script's arithmetic rests on are the published ones: 16 latent channels that come out with mean
+-1 and deviation 42, a tokenizer with CLIP's vocabulary and 77 tokens, a decoder that takes pictures of multiples of
+128 pixels. All else is as small as it goes.
+"""
+
+import argparse
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import DDPMWuerstchenScheduler
+from PIL import Image
+from torch import nn
+from torchvision.models.efficientnet import FusedMBConv, MBConv
+from torchvision.transforms import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+
+DATA = Path(__file__).resolve().parent / "data"
+sys.path.insert(0, str(DATA.parent.parent))
+
+# The script goes first: importing it mends the Würstchen pipelines of diffusers 0.38 and later.
+from modeling_efficient_net_encoder import EfficientNetEncoder  # noqa: E402
+from train_text_to_image_prior import wuerstchen  # noqa: E402
+
+PICTURES = DATA / "emoji-64"
+LATENT_CHANNELS = 16
+LATENT_MEAN, LATENT_STD = 42.0, 1.0  # by their names in WuerstchenPriorPipeline: z * latent_mean - latent_std
+PRIOR_TEXT_WIDTH = 32
+DECODER_TEXT_WIDTH = 16  # another one than the prior's, so that mixing up the two text encoders is an error
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@contextmanager
+def seeded(seed):
+    """Random numbers that depend on `seed` alone, and leave the caller's as they were."""
+    with torch.random.fork_rng(devices=[]):  # no devices: asking for them would start CUDA
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+def make_tokenizer():
+    """CLIP's own vocabulary, so that token ids, padding and truncation are the real ones."""
+    return CLIPTokenizerFast.from_pretrained(DATA / "clip-tokenizer", model_max_length=77)
+
+
+def make_text_encoder(tokenizer, width, *, seed=0):
+    """A CLIP text tower of two layers whose output is (B, 77, width)."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with seeded(seed):
+        text_encoder = CLIPTextModel(config)
+        # CLIP starts its embeddings so small that two random layers hardly tell captions apart.
+        for module in text_encoder.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
+    return text_encoder.eval()
+
+
+def shake_norms(model):
+    """Small numbers in place of the zeros that GlobalResponseNorm starts with, as in a trained model."""
+    for name, parameter in model.named_parameters():
+        if name.endswith((".gamma", ".beta")):
+            nn.init.normal_(parameter, std=0.02)
+
+
+def make_prior(*, seed=0, **prior_kwargs):
+    """A WuerstchenPrior of two blocks; `prior_kwargs` go to its constructor (`dropout=0.0`, `depth=3`, ...).
+
+    A fresh prior is far from a trained one: it divides by |1 - b|, which its random last layer brings near zero.
+    With that layer scaled down it begins as the guess that all of the input is noise. Scaled to zero it would keep
+    every other layer from having a gradient in the first step.
+    """
+    config = dict(c_in=LATENT_CHANNELS, c=64, c_cond=PRIOR_TEXT_WIDTH, c_r=64, depth=2, nhead=4, dropout=0.1)
+    with seeded(seed), torch.no_grad():
+        prior = wuerstchen.WuerstchenPrior(**(config | prior_kwargs))
+        shake_norms(prior)
+        for parameter in prior.out[1].parameters():
+            parameter.mul_(0.02)
+    return prior.eval()
+
+
+def read_pictures(folder, resolution):
+    """Every picture of a folder as one (N, 3, resolution, resolution) batch, normalised as EfficientNet has it."""
+    batch = []
+    for path in sorted(path for path in Path(folder).iterdir() if path.suffix in (".jpg", ".png", ".webp")):
+        picture = Image.open(path).convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        picture = F.center_crop(F.resize(picture, resolution, antialias=True), resolution)
+        batch.append(F.normalize(F.to_tensor(picture), IMAGENET_MEAN, IMAGENET_STD))
+    return torch.stack(batch)
+
+
+@torch.no_grad()
+def make_encoder(*, seed=0, pictures=PICTURES, resolution=64):
+    """An EfficientNetEncoder with random weights whose latents of `pictures` are as the prior expects them.
+
+    That is `(encoder(pixels) + 1) / 42` with mean 0 and deviation 1 in every channel, over all pictures and places.
+    """
+    with seeded(seed):
+        encoder = EfficientNetEncoder(c_latent=LATENT_CHANNELS).eval()
+    # Forty random layers in a row are chaotic: rounding the weights to bf16 moves latents by as much as another picture
+    # does. With the residual branches turned down, rounding moves them by a few percent, as in a trained encoder.
+    for module in encoder.modules():
+        if isinstance(module, (MBConv, FusedMBConv)) and module.use_res_connect:
+            module.block[-1][1].weight.fill_(0.1)
+    pixels = read_pictures(pictures, resolution)
+
+    # Untrained batch norms let the signal grow or die on its way. Those alone are in train mode: with the whole model
+    # in train mode stochastic depth would leave out layers, and the statistics would be those of another network.
+    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = None  # the plain average of all batches; there is one
+    encoder(pixels)
+    for norm, momentum in zip(norms, momenta):
+        norm.eval()
+        norm.momentum = momentum
+
+    # The last norm by what it is given in eval mode: train mode keeps the unbiased variance, and so is a little off.
+    conv, norm = encoder.mapper
+    variance, mean = torch.var_mean(conv(encoder.backbone(pixels)), dim=(0, 2, 3), correction=0)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance - norm.eps)
+    norm.weight.fill_(LATENT_MEAN)
+    norm.bias.fill_(-LATENT_STD)
+    return encoder
+
+
+def save_published_encoder(encoder, path):
+    """Write `encoder` as the authors' training file `model_v2_stage_b.pt` has it, beside weights of another model."""
+    other = {"embedding.1.weight": torch.zeros(8, 16, 1, 1), "embedding.1.bias": torch.zeros(8)}
+    file = {"state_dict": other, "effnet_state_dict": encoder.state_dict(), "ema_state_dict": other, "iter": 1000}
+    torch.save(file, path)
+
+
+def make_decoder(*, seed=0):
+    """(WuerstchenDiffNeXt, PaellaVQModel) that make a picture which depends on the latents, the prompt and the noise.
+
+    Patches of 2 and four levels, as in the published decoder: its own latents' side must be a multiple of 16. Prior
+    latents of side 3 (10.67 times that is 32) make 128 pixels; sides of 2 (21) and 4 (42) it cannot draw.
+    """
+    with seeded(seed), torch.no_grad():
+        decoder = wuerstchen.WuerstchenDiffNeXt(
+            c_in=4,
+            c_out=4,
+            c_r=16,
+            patch_size=2,
+            c_cond=DECODER_TEXT_WIDTH,
+            c_hidden=[8, 8, 16, 16],
+            nhead=[-1, 2, 2, 2],
+            blocks=[1, 1, 1, 1],
+            level_config=["CT", "CTA", "CTA", "CTA"],
+            inject_effnet=[False, True, True, True],
+            effnet_embd=LATENT_CHANNELS,
+            clip_embd=DECODER_TEXT_WIDTH,
+        )
+        # Its own initialisation halves the last layer of every residual block once for each module of the model, which
+        # leaves zeros: nothing would depend on the latents. PyTorch's lets them through.
+        for name, module in decoder.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                module.reset_parameters()
+            if name.startswith("effnet_mappers."):
+                module.weight.div_(4)  # latents are some 42 large
+            if name.endswith(".to_out.0"):
+                module.weight.mul_(4)  # the prompt shows in 8 bits
+        shake_norms(decoder)
+        # The model guesses the noise as (x - a) / b. The last layer makes a first, then the logit of b. With b so near
+        # 1 and a small the guess is nearly x, which the sampler stands, and what is left over depends on conditions.
+        last = decoder.clf[1]
+        half = last.out_channels // 2
+        nn.init.normal_(last.weight[:half], std=0.02)
+        nn.init.zeros_(last.weight[half:])
+        nn.init.zeros_(last.bias[:half])
+        nn.init.constant_(last.bias[half:], 8.0)
+
+        vqgan = wuerstchen.PaellaVQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)
+        # Pictures are cut off at 0 and 1: a deviation of some 0.2 about mid-grey keeps nearly all of them inside.
+        colours = vqgan.out_block[0]
+        colours.bias.fill_(0.5)
+        noise = vqgan.config.scale_factor * torch.randn(1, 4, 64, 64)
+        colours.weight.mul_(0.2 / vqgan.decode(noise).sample.std())
+    return decoder.eval(), vqgan.eval()
+
+
+def make_tiny_models(folder, *, seed=0, pictures=PICTURES, resolution=64, **prior_kwargs):
+    """Write `prior`, `decoder` and `encoder` into `folder` and give back their three paths.
+
+    Args:
+        folder: where to; made if missing.
+        seed: of all random weights; the same seed makes the same files.
+        pictures, resolution: what the encoder is calibrated on, the side in pixels.
+        prior_kwargs: see `make_prior`.
+    """
+    prior_folder, decoder_folder, encoder_folder = (Path(folder) / name for name in ("prior", "decoder", "encoder"))
+    tokenizer = make_tokenizer()
+
+    wuerstchen.WuerstchenPriorPipeline(
+        tokenizer=tokenizer,
+        text_encoder=make_text_encoder(tokenizer, PRIOR_TEXT_WIDTH, seed=seed),
+        prior=make_prior(seed=seed + 1, **prior_kwargs),
+        scheduler=DDPMWuerstchenScheduler(),
+        latent_mean=LATENT_MEAN,
+        latent_std=LATENT_STD,
+    ).save_pretrained(prior_folder)
+
+    decoder, vqgan = make_decoder(seed=seed + 2)
+    wuerstchen.WuerstchenDecoderPipeline(
+        tokenizer=tokenizer,
+        text_encoder=make_text_encoder(tokenizer, DECODER_TEXT_WIDTH, seed=seed + 3),
+        decoder=decoder,
+        scheduler=DDPMWuerstchenScheduler(),
+        vqgan=vqgan,
+    ).save_pretrained(decoder_folder)
+    # What transformers 5 writes is not what older repos hold. The prior has the one, the decoder the other.
+    shutil.rmtree(decoder_folder / "tokenizer")
+    shutil.copytree(DATA / "clip-tokenizer", decoder_folder / "tokenizer")
+
+    make_encoder(seed=seed + 4, pictures=pictures, resolution=resolution).save_pretrained(encoder_folder)
+    return prior_folder, decoder_folder, encoder_folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path, help="where to write prior, decoder and encoder")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    arguments = parser.parse_args()
+    for path in make_tiny_models(arguments.folder, seed=arguments.seed):
+        print(f"{path.name}: {path}")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image encoder of Würstchen: an EfficientNetV2 whose features are mapped to 16 normalised channels.
+"""The image encoder of Würstchen, an EfficientNetV2 whose features are mapped to 16 normalised channels, and how a
+picture becomes its input.
 
 The published weights are one entry, `effnet_state_dict`, of the multi-gigabyte training file `model_v2_stage_b.pt`
 in the Hub repo dome272/wuerstchen. `EfficientNetEncoder.load` takes it from there; `save_pretrained` keeps the 80 MB
@@ -8,15 +9,23 @@ that matter, for `load` or `from_pretrained`.
 
 from pathlib import Path
 
+import datasets
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
 from torch import nn
 from torchvision import models
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
 
 BACKBONES = {"efficientnet_v2_s": models.efficientnet_v2_s, "efficientnet_v2_l": models.efficientnet_v2_l}
+# What torchvision's EfficientNet weights were trained with.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STRIP = 8  # a picture longer than this times its width is cut to it before it is resized
 PUBLISHED_FILE = "model_v2_stage_b.pt"
 PUBLISHED_KEY = "effnet_state_dict"
 
@@ -76,3 +85,39 @@ class EfficientNetEncoder(ModelMixin, ConfigMixin):
         encoder = cls(**config)
         encoder.load_state_dict(state_dict)
         return encoder
+
+
+def decode_picture(value: dict) -> Image.Image:
+    """The picture of a data set's row, {"bytes", "path"}, upright, as 8-bit RGB.
+
+    16-bit greys are scaled, and what is transparent is laid on white.
+
+    Raises:
+        ValueError: with the file's name, whatever is wrong with it.
+    """
+    try:
+        image = datasets.Image().decode_example(value)  # turns it as its EXIF says
+        if image.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:
+        file = (value or {}).get("path") or "no file name"
+        raise ValueError(f"the picture ({file}) cannot be read: {type(error).__name__}: {error}") from error
+
+
+def center_square(image: Image.Image, resolution: int) -> Image.Image:
+    """Resizes the short side to `resolution` pixels (bilinear, antialiased) and crops the centre."""
+    width, height = image.size
+    longest = STRIP * min(width, height)
+    if max(width, height) > longest:  # a banner of 60000 x 1 would be resized to 30 million x 512
+        image = transforms.center_crop(image, (min(height, longest), min(width, longest)))
+    image = transforms.resize(image, resolution, interpolation=InterpolationMode.BILINEAR, antialias=True)
+    return transforms.center_crop(image, resolution)
+
+
+def normalize_pixels(image: Image.Image) -> torch.Tensor:
+    """A picture as the encoder takes it: (3, H, W) float32, normalised by ImageNet's mean and deviation."""
+    return transforms.normalize(transforms.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)

@@ -22,6 +22,8 @@ import os
 import random
 import re
 import shutil
+import signal
+import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -39,18 +41,17 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, send_to_device
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import DDPMWuerstchenScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
-from torchvision import transforms
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
-from modeling_efficient_net_encoder import EfficientNetEncoder
+from modeling_efficient_net_encoder import EfficientNetEncoder, center_square, decode_picture, normalize_pixels
 
 try:
     from diffusers.pipelines import wuerstchen
@@ -63,20 +64,16 @@ logger = get_logger(__name__, log_level="INFO")
 
 # The published prior pipeline undoes the scaling of its latents with these: latents * LATENT_MEAN - LATENT_STD.
 LATENT_MEAN, LATENT_STD = 42.0, 1.0
-# What torchvision's EfficientNet weights were trained with.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODER_STRIDE = 32  # pixels a latent, in each direction
 STATE_FILE = "trainer_state.json"  # written last into a checkpoint, so that one without it is torn
 FUSED_ADAMW_DEVICES = ("cuda", "cpu", "mps", "xpu")
 SECRETS = ("hub_token",)  # arguments that no tracker, checkpoint or card may see
-STRIP = 8  # pictures longer than this times their width are cut to it before they are resized
 BAD_ROWS_IN_A_ROW = 32  # so many broken rows drawn one after the other mean that the data set is broken
+SMALLEST_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has gone wrong
 VALIDATION_TIMEOUT = timedelta(hours=3)  # other ranks wait this long while the first draws, saves or downloads
 
 
 # ------------------------------------------------------------------------------------------------ arguments
-
-
 def bounded(kind: type, low: float, below: float = math.inf):
     """An argparse type: an int or a float in [low, below)."""
 
@@ -189,8 +186,6 @@ def blaming(flag: str, value):
 
 
 # ----------------------------------------------------------------------------------------------------- data
-
-
 def load_train_dataset(args: argparse.Namespace, seed: int) -> datasets.Dataset:
     """The rows to train on, their pictures still encoded, so that reading a row cannot fail on a broken picture."""
     flag, source = "--dataset_name", args.dataset_name
@@ -275,36 +270,6 @@ def micro_batches(first_step: int, last_step: int, plan: dict, rank: int) -> lis
     return [range(start, start + size) for start in starts]
 
 
-def decode_picture(value: dict) -> Image.Image:
-    """The picture of a row, upright, as 8-bit RGB: 16-bit greys scaled, transparency laid on white.
-
-    Raises:
-        ValueError: with the file's name, whatever is wrong with it.
-    """
-    try:
-        image = datasets.Image().decode_example(value)  # turns it as its EXIF says
-        if image.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as error:
-        file = (value or {}).get("path") or "no file name"
-        raise ValueError(f"the picture ({file}) cannot be read: {type(error).__name__}: {error}") from error
-
-
-def center_square(image: Image.Image, resolution: int) -> Image.Image:
-    """Resizes the short side to `resolution` pixels (bilinear, antialiased) and crops the centre."""
-    width, height = image.size
-    longest = STRIP * min(width, height)
-    if max(width, height) > longest:  # a banner of 60000 x 1 would be resized to 30 million x 512
-        image = transforms.functional.center_crop(image, (min(height, longest), min(width, longest)))
-    bilinear = transforms.InterpolationMode.BILINEAR
-    image = transforms.functional.resize(image, resolution, interpolation=bilinear, antialias=True)
-    return transforms.functional.center_crop(image, resolution)
-
-
 def tokenize_captions(captions: list[str], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """CLIP tokens and their mask, (B, 77) int64 and bool: padded, and cut to what the text encoder can take."""
     inputs = tokenizer(
@@ -334,13 +299,9 @@ def preprocess_train(row: dict, draw: random.Random, tokenizer, args: argparse.N
     if draw.random() < args.caption_dropout:
         caption = ""
     image = center_square(decode_picture(row[args.image_column]), args.resolution)
-    pixels = transforms.functional.to_tensor(image)
     (text_input_ids,), (text_mask,) = tokenize_captions([caption], tokenizer)
-    return {
-        "effnet_pixel_values": transforms.functional.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD),
-        "text_input_ids": text_input_ids,
-        "text_mask": text_mask,
-    }
+    pixels = normalize_pixels(image)
+    return {"effnet_pixel_values": pixels, "text_input_ids": text_input_ids, "text_mask": text_mask}
 
 
 def collate_fn(examples: list[dict]) -> dict:
@@ -362,12 +323,10 @@ def next_batch(batches, device: torch.device) -> dict:
         raise SystemExit(batch["problem"])
     for problem in batch["bad_rows"].values():
         logger.warning(f"Left out: {problem}", main_process_only=False)
-    return send_to_device(batch, device, non_blocking=True)
+    return {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in batch.items()}
 
 
 # --------------------------------------------------------------------------------------------------- models
-
-
 def deepspeed_zero_init_disabled_context_manager():
     """Within it, DeepSpeed's ZeRO-3 does not partition the frozen models while they load."""
     plugin = AcceleratorState().deepspeed_plugin if is_initialized() else None
@@ -437,16 +396,45 @@ def make_ema(args, prior: torch.nn.Module, checkpoint: Path | None) -> EMAModel:
     return EMAModel.from_pretrained(checkpoint / "prior_ema", type(prior), foreach=True)
 
 
-def finite_numbers(accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, step: int) -> tuple[float, float]:
-    """The loss, averaged over the ranks, and the gradient's norm, read off the device in one go.
+def read_numbers(accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, signals: list) -> tuple[float, float, bool]:
+    """The loss, averaged over the ranks, the gradient's norm, and whether a rank was told to stop: one transfer."""
+    shared = accelerator.reduce(torch.stack([loss, torch.full_like(loss, len(signals))]), "mean")
+    loss, told, grad_norm = torch.cat([shared, grad_norm.to(loss)[None]]).tolist()
+    return loss, grad_norm, told > 0
 
-    Raises:
-        SystemExit: if one is not finite, before it can reach the weights. With fp16 the scaler sees to that.
+
+def refuse_broken_numbers(accelerator, output_dir: Path, update: int, loss: float, grad_norm: float, drawn: dict):
+    """Ends the run before numbers that are not finite reach the weights.
+
+    With fp16 an overflow is normal: the scaler leaves the update out and halves its scale, until there is none left.
     """
-    loss, grad_norm = torch.stack([accelerator.reduce(loss, "mean"), grad_norm]).tolist()
-    if accelerator.scaler is None and not math.isfinite(loss + grad_norm):
-        raise SystemExit(f"stopped before update {step}: the loss is {loss}, the norm of the gradient {grad_norm}")
-    return loss, grad_norm
+    broken = not math.isfinite(loss + grad_norm)
+    if accelerator.scaler is not None:
+        broken = accelerator.scaler.get_scale() < SMALLEST_SCALE
+    if broken:
+        good = ", ".join(path.name for path in checkpoints_in(output_dir)[-1:]) or "none yet"
+        numbers = f"the loss is {loss}, the gradient's norm {grad_norm}"
+        raise SystemExit(f"stopped before update {update}: {numbers}; {drawn}; the last good checkpoint: {good}")
+
+
+def note_signals() -> list[int]:
+    """A list that SIGTERM and SIGINT are appended to, for the loop to look at; the second one ends the process."""
+    received = []
+
+    def note(number, frame):
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return received
+
+
+def ignore_signals(worker: int):
+    """Leaves stopping to the main process: terminals and schedulers signal every process of a job."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -464,40 +452,48 @@ def averaged_weights(prior: torch.nn.Module, ema_prior: EMAModel | None):
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all files that the checkpoint's own list names, which is written last, are there in full."""
+    try:
+        files = json.loads((checkpoint / STATE_FILE).read_text())["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first. A torn one has no trainer_state.json, which is written last."""
+    """The whole checkpoints of a run, oldest first; what is torn or of another kind is passed over."""
     found = {}
-    for path in output_dir.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+", path.name) and (path / STATE_FILE).is_file():
+    for path in output_dir.glob("checkpoint*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name) and is_whole(path):
             found[int(path.name.removeprefix("checkpoint-"))] = path
+        else:
+            logger.warning(f"Passed over {path}: it is not a whole checkpoint")
     return [found[step] for step in sorted(found)]
 
 
-def clear_output_dir(accelerator: Accelerator, output_dir: Path, overwrite: bool):
-    """Makes sure that a new run's checkpoints will not be taken for an earlier one's."""
-    if checkpoints_in(output_dir) and not overwrite:
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from: the newest whole one for `latest`, or that path; None: start anew."""
+    wanted, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
+    if wanted not in (None, "latest"):
+        if not is_whole(Path(wanted)):
+            raise SystemExit(f"--resume_from_checkpoint={wanted}: there is no whole checkpoint at that path")
+        return Path(wanted)
+    found = checkpoints_in(output_dir)
+    if wanted == "latest":
+        if not found:
+            logger.info(f"--resume_from_checkpoint=latest: there is none in {output_dir}, so this run starts anew")
+        return found[-1] if found else None
+    if found and not args.overwrite_output_dir:
         ways = "go on with --resume_from_checkpoint=latest, or delete them with --overwrite_output_dir"
         raise SystemExit(f"--output_dir={output_dir} holds checkpoints of an earlier run: {ways}")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for checkpoint in checkpoints_in(output_dir):
-            shutil.rmtree(checkpoint)
+    return None
 
 
-def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: the newest whole one, or that path; None: start anew."""
-    if wanted is None:
-        return None
-    if wanted == "latest":
-        found = checkpoints_in(output_dir)
-        if not found:
-            logger.info(f"--resume_from_checkpoint=latest: none in {output_dir}; starting anew")
-        return found[-1] if found else None
-    if not (Path(wanted) / STATE_FILE).is_file():
-        raise SystemExit(f"--resume_from_checkpoint={wanted}: there is no whole checkpoint at that path")
-    return Path(wanted)
+def clean_output_dir(output_dir: Path, keep_checkpoints: bool):
+    """Deletes what a killed run left half-written, and an earlier run's checkpoints unless they are to be kept."""
+    for path in [*output_dir.glob(".checkpoint-*"), *([] if keep_checkpoints else checkpoints_in(output_dir))]:
+        shutil.rmtree(path)
 
 
 def register_checkpoint_hooks(accelerator: Accelerator, ema_prior: EMAModel | None):
@@ -515,25 +511,35 @@ def register_checkpoint_hooks(accelerator: Accelerator, ema_prior: EMAModel | No
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict, limit: int | None):
-    """Writes checkpoint-N aside, flushes it, renames it in one step, and only then deletes what is over the limit."""
+    """Writes checkpoint-N aside, flushes it, renames it in one step, and only then deletes what is over the limit.
+
+    A full disk costs this checkpoint, not the run: the older ones stay, and the run goes on.
+    """
     final = output_dir / f"checkpoint-{state['global_step']}"
-    aside = output_dir / f".{final.name}.part"
+    aside = output_dir / f".{final.name}"
+    problem = None
+    try:
+        accelerator.save_state(str(aside))  # every rank: each has a random state, and perhaps a shard, of its own
+    except Exception as error:
+        problem = error
+    problems = [text for text in gather_object([problem and str(problem)]) if text]
     if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))  # every rank: each has a random state, and perhaps a shard, of its own
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (aside / STATE_FILE).write_text(json.dumps(state, indent=2))
-        for path in [*aside.rglob("*"), aside]:
-            flush_to_disk(path)
-        shutil.rmtree(final, ignore_errors=True)  # a torn one of that name
-        aside.rename(final)
-        flush_to_disk(output_dir)
-        for old in checkpoints_in(output_dir)[: -limit if limit else 0]:
-            shutil.rmtree(old)
-    logger.info(f"Saved {final}")
+        try:
+            if problems:
+                raise OSError(problems[0])
+            files = {str(path.relative_to(aside)): path.stat().st_size for path in aside.rglob("*") if path.is_file()}
+            (aside / STATE_FILE).write_text(json.dumps(state | {"files": files}, indent=2))
+            for path in [*aside.rglob("*"), aside]:
+                flush_to_disk(path)
+            shutil.rmtree(final, ignore_errors=True)  # there is one only if it is torn
+            aside.rename(final)
+            flush_to_disk(output_dir)
+            for old in checkpoints_in(output_dir)[: -limit if limit else 0]:
+                shutil.rmtree(old)
+            logger.info(f"Saved {final}")
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            logger.error(f"{final} could not be written, the run goes on without it: {error}")
 
 
 def flush_to_disk(path: Path):
@@ -545,19 +551,16 @@ def flush_to_disk(path: Path):
 
 
 # ----------------------------------------------------------------------------------------------- validation
-
-
-def load_pipeline(args, prior, text_encoder, tokenizer, noise_scheduler, dtype: torch.dtype):
+def load_pipeline(args, prior, text_encoder, tokenizer, scheduler, dtype: torch.dtype):
     """The whole text-to-picture pipeline: these parts for the latents, the decoder of `args` in `dtype`."""
-    decoder = wuerstchen.WuerstchenDecoderPipeline.from_pretrained(
-        args.pretrained_decoder_model_name_or_path, torch_dtype=dtype, cache_dir=args.cache_dir
-    )
+    source = args.pretrained_decoder_model_name_or_path
+    decoder = wuerstchen.WuerstchenDecoderPipeline.from_pretrained(source, torch_dtype=dtype, cache_dir=args.cache_dir)
     return wuerstchen.WuerstchenCombinedPipeline(
         **decoder.components,
         prior_prior=prior,
         prior_text_encoder=text_encoder,
         prior_tokenizer=tokenizer,
-        prior_scheduler=noise_scheduler,
+        prior_scheduler=scheduler,
     )
 
 
@@ -657,8 +660,6 @@ def log_pictures(accelerator: Accelerator, prompts: list[str], pictures: list[Im
 
 
 # ----------------------------------------------------------------------------------------------- publishing
-
-
 def save_prior_pipeline(args, prior, tokenizer, noise_scheduler, output_dir: Path):
     """Writes `prior_pipeline/`, the trained prior before anything that could fail is even loaded. All in float32."""
     folder = output_dir / "prior_pipeline"
@@ -675,18 +676,14 @@ def save_prior_pipeline(args, prior, tokenizer, noise_scheduler, output_dir: Pat
 
 def save_pipeline(args, prior_pipeline, output_dir: Path):
     """Writes the whole pipeline at the root of `output_dir`; `prior_pipeline/` is linked, not written again."""
-    parts = prior_pipeline.components
-    pipeline = load_pipeline(
-        args, parts["prior"], parts["text_encoder"], parts["tokenizer"], parts["scheduler"], torch.float32
-    )
+    pipeline = load_pipeline(args, **prior_pipeline.components, dtype=torch.float32)
     for name, component in pipeline.components.items():
-        folder = output_dir / name
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(output_dir / name, ignore_errors=True)
         if name.startswith("prior_"):
             source = output_dir / "prior_pipeline" / name.removeprefix("prior_")
-            shutil.copytree(source, folder, copy_function=link_or_copy)
+            shutil.copytree(source, output_dir / name, copy_function=link_or_copy)
         else:
-            component.save_pretrained(folder)
+            component.save_pretrained(output_dir / name)
     pipeline.save_config(output_dir)
 
 
@@ -776,8 +773,6 @@ def push(args, repo_id: str, output_dir: Path):
 
 
 # ----------------------------------------------------------------------------------------------------- main
-
-
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Devices, precision and trackers, as `accelerate config`, the launcher and the flags say."""
     with blaming("--output_dir", args.output_dir):
@@ -805,6 +800,9 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
+    if args.hub_token:  # wandb and comet record the command line
+        sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
+    signals = note_signals()
     accelerator = make_accelerator(args)
     device, ranks, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     weight_dtype = torch.float32  # of the frozen models; the prior's own weights stay in float32
@@ -813,13 +811,13 @@ def main(argv: list[str] | None = None):
 
     # Where the run starts: anew, or at a checkpoint, whose seed goes on.
     output_dir = Path(args.output_dir)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
+    checkpoint = find_checkpoint(args)
     state = json.loads((checkpoint / STATE_FILE).read_text()) if checkpoint else {"global_step": 0, "plan": {}}
     global_step = state["global_step"]
-    if checkpoint is None:
-        clear_output_dir(accelerator, output_dir, args.overwrite_output_dir)
     seed = args.seed if args.seed is not None else state["plan"].get("seed", random.getrandbits(31))
     (seed,) = broadcast_object_list([seed])
+    if accelerator.is_main_process:
+        clean_output_dir(output_dir, keep_checkpoints=args.resume_from_checkpoint is not None)
 
     # What the end of the run will need is tried now.
     repo_id = args.hub_model_id or output_dir.resolve().name
@@ -853,15 +851,14 @@ def main(argv: list[str] | None = None):
     }
     for name, value in state["plan"].items():
         if plan[name] != value:
-            raise SystemExit(
-                f"{checkpoint} cannot be resumed exactly: its run had {name}={value}, this one {plan[name]}"
-            )
+            raise SystemExit(f"{checkpoint} cannot go on exactly: its run had {name}={value}, this one {plan[name]}")
     preprocess = functools.partial(preprocess_train, tokenizer=tokenizer, args=args)
     train_dataloader = torch.utils.data.DataLoader(
         TrainSamples(dataset, preprocess, seed, args.skip_bad_rows),
         batch_sampler=micro_batches(global_step, max_train_steps, plan, rank),
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
     )
 
@@ -905,7 +902,7 @@ def main(argv: list[str] | None = None):
         started = time.perf_counter()
         # All that an update draws follows from (seed, update, rank): a resumed run draws what the unbroken one would.
         torch.manual_seed(draw_seed(seed, "update", global_step, rank))
-        train_loss = torch.zeros((), device=device)
+        train_loss, rows = torch.zeros((), device=device), []
         for _ in range(args.gradient_accumulation_steps):
             batch = next_batch(batches, device)
             with accelerator.accumulate(prior):
@@ -926,9 +923,12 @@ def main(argv: list[str] | None = None):
 
                 accelerator.backward(loss)
                 train_loss += loss.detach() / args.gradient_accumulation_steps
+                rows += batch["rows"]
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
-                    train_loss, grad_norm = finite_numbers(accelerator, train_loss, grad_norm, global_step + 1)
+                    train_loss, grad_norm, stop = read_numbers(accelerator, train_loss, grad_norm, signals)
+                    drawn = {"rows": rows, "timesteps": timesteps}
+                    refuse_broken_numbers(accelerator, output_dir, global_step + 1, train_loss, grad_norm, drawn)
                 optimizer.step()
                 optimizer.zero_grad()
         lr_scheduler.step()
@@ -939,12 +939,18 @@ def main(argv: list[str] | None = None):
         log = {"train_loss": train_loss, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": grad_norm}
         log["images_per_second"] = samples_per_update / (time.perf_counter() - started)
         accelerator.log(log, step=global_step)
-        progress.set_postfix_str(f"loss {train_loss:.4f}, lr {log['lr']:.2e}, {log['images_per_second']:.1f} images/s")
+        progress.set_postfix_str(
+            f"loss {train_loss:.4f}, lr {log['lr']:.2e}, {log['images_per_second']:.1f} images/s", refresh=False
+        )
         progress.update()
 
-        if global_step % args.checkpointing_steps == 0:
+        if global_step % args.checkpointing_steps == 0 or stop:
             state = {"global_step": global_step, "plan": plan}
             save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit)
+        if stop:
+            logger.info("Stopped; the same command with --resume_from_checkpoint=latest goes on")
+            accelerator.end_training()
+            sys.exit(128 + max(signals, default=signal.SIGTERM))
         if global_step < max_train_steps and validation_is_due(args, global_step, samples_per_update, len(dataset)):
             if accelerator.is_main_process:
                 with averaged_weights(whole_prior, ema_prior):

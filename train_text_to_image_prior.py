@@ -123,8 +123,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--use_ema", **on, help="keep an average of the weights, which is then validated and saved")
     flag("--loss_weighting", choices=["none", "p2"], default="none", help="p2 is the original training's")
     flag("--caption_dropout", type=fraction, default=0.0, help="share of samples trained on the empty caption")
-    flag("--cache_latents", **on, help="not there yet")
-    flag("--compile", **on, help="not there yet")
+    flag("--cache_latents", **on, help="reserved, not built yet")
+    flag("--compile", **on, help="reserved, not built yet")
 
     flag = parser.add_argument_group("optimizer, AdamW").add_argument
     flag("--learning_rate", type=real, default=1e-4, help="at the schedule's peak")
@@ -161,6 +161,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--resume_from_checkpoint goes on with a run, --overwrite_output_dir deletes it: give one")
     if (args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None):
         parser.error("--lr_scheduler=piecewise_constant and --lr_step_rules need each other")
+    if args.cache_latents or args.compile:
+        parser.error("--cache_latents and --compile are not built yet: leave them out")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`")
     available = [str(tracker) for tracker in get_available_trackers()]

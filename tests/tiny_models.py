@@ -123,8 +123,8 @@ def make_encoder(*, seed=0, pictures=PICTURES, resolution=64):
     """
     with seeded(seed):
         encoder = EfficientNetEncoder(c_latent=LATENT_CHANNELS).eval()
-    # Forty random layers in a row are chaotic: rounding the weights to bf16 moves latents by as much as another picture
-    # does. With the residual branches turned down, rounding moves them by a few percent, as in a trained encoder.
+    # Forty random layers in a row are chaotic: rounding the weights to bf16 moves the latents by as much as another
+    # picture does. With the residual branches turned down it moves them by a few percent.
     for module in encoder.modules():
         if isinstance(module, (MBConv, FusedMBConv)) and module.use_res_connect:
             module.block[-1][1].weight.fill_(0.1)
@@ -138,7 +138,7 @@ def make_encoder(*, seed=0, pictures=PICTURES, resolution=64):
         norm.train()
         norm.momentum = None  # the plain average of all batches; there is one
     encoder(pixels)
-    for norm, momentum in zip(norms, momenta):
+    for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval()
         norm.momentum = momentum
 

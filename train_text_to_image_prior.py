@@ -47,6 +47,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizerFast
@@ -67,8 +68,9 @@ LATENT_MEAN, LATENT_STD = 42.0, 1.0
 ENCODER_STRIDE = 32  # pixels a latent, in each direction
 STATE_FILE = "trainer_state.json"  # written last into a checkpoint, so that one without it is torn
 FUSED_ADAMW_DEVICES = ("cuda", "cpu", "mps", "xpu")
+CACHES = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # where pictures of the Hub's data sets may lie
 SECRETS = ("hub_token",)  # arguments that no tracker, checkpoint or card may see
-BAD_ROWS_IN_A_ROW = 32  # so many broken rows drawn one after the other mean that the data set is broken
+BAD_ROWS_IN_A_ROW = 12  # so many broken rows drawn one after the other mean that most of the data set is broken
 SMALLEST_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has gone wrong
 VALIDATION_TIMEOUT = timedelta(hours=3)  # other ranks wait this long while the first draws, saves or downloads
 
@@ -140,7 +142,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="wuerstchen-model-finetuned", help="folder for all that a run leaves")
-    flag("--overwrite_output_dir", **on, help="start anew where an earlier run left checkpoints, and delete those")
+    flag("--overwrite_output_dir", **on, help="delete the checkpoints there that this run does not go on from")
     flag("--checkpointing_steps", type=count, default=500, help="updates between checkpoints")
     flag("--checkpoints_total_limit", type=count, help="how many of the newest checkpoints to keep")
     flag("--resume_from_checkpoint", help="'latest' or a checkpoint's path")
@@ -157,8 +159,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.dataset_name is None and args.train_data_dir is None:
         parser.error("give --dataset_name (a data set on the Hub) or --train_data_dir (a folder)")
-    if args.resume_from_checkpoint and args.overwrite_output_dir:
-        parser.error("--resume_from_checkpoint goes on with a run, --overwrite_output_dir deletes it: give one")
     if (args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None):
         parser.error("--lr_scheduler=piecewise_constant and --lr_step_rules need each other")
     if args.cache_latents or args.compile:
@@ -226,9 +226,25 @@ def load_train_dataset(args: argparse.Namespace, seed: int) -> datasets.Dataset:
     return dataset
 
 
+def check_inside(value: dict, args: argparse.Namespace):
+    """Raises ValueError if a row's picture is a file outside the data set's folder (or the caches, for the Hub's)."""
+    folders = [args.train_data_dir] if args.dataset_name is None else [args.dataset_name, args.cache_dir, *CACHES]
+    path = (value or {}).get("path")
+    if path and not value["bytes"] and "://" not in path:
+        inside = (Path(path).absolute().is_relative_to(Path(folder).resolve()) for folder in folders if folder)
+        if ".." in Path(path).parts or not any(inside):
+            raise ValueError(f"the picture ({path}) lies outside the data set's folder")
+
+
 def draw_seed(*key) -> int:
     """A seed for one thing, well mixed from what names it: draw_seed(seed, "epoch", 3)."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def digest(dataset: datasets.Dataset, caption_column: str) -> int:
+    """A number that tells data sets apart: of some 1,000 captions, spread over the rows."""
+    some = dataset.select(range(0, len(dataset), math.ceil(len(dataset) / 1000)))
+    return draw_seed(some.select_columns([caption_column])[:])
 
 
 @functools.lru_cache(maxsize=2)
@@ -300,6 +316,7 @@ def preprocess_train(row: dict, draw: random.Random, tokenizer, args: argparse.N
     caption = pick_caption(row[args.caption_column], draw)
     if draw.random() < args.caption_dropout:
         caption = ""
+    check_inside(row[args.image_column], args)
     image = center_square(decode_picture(row[args.image_column]), args.resolution)
     (text_input_ids,), (text_mask,) = tokenize_captions([caption], tokenizer)
     pixels = normalize_pixels(image)
@@ -318,13 +335,14 @@ def collate_fn(examples: list[dict]) -> dict:
     return batch
 
 
-def next_batch(batches, device: torch.device) -> dict:
-    """The next micro-batch, on the device."""
+def next_batch(batches, device: torch.device, bad_rows: set) -> dict:
+    """The next micro-batch, on the device; rows that were left out are named once and noted in `bad_rows`."""
     batch = next(batches)
     if "problem" in batch:
         raise SystemExit(batch["problem"])
-    for problem in batch["bad_rows"].values():
-        logger.warning(f"Left out: {problem}", main_process_only=False)
+    for row in batch["bad_rows"].keys() - bad_rows:
+        logger.warning(f"Left out: {batch['bad_rows'][row]}", main_process_only=False)
+    bad_rows |= batch["bad_rows"].keys()
     return {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in batch.items()}
 
 
@@ -466,7 +484,7 @@ def is_whole(checkpoint: Path) -> bool:
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first; what is torn or of another kind is passed over."""
     found = {}
-    for path in output_dir.glob("checkpoint*"):
+    for path in output_dir.resolve().glob("checkpoint*"):
         if re.fullmatch(r"checkpoint-\d+", path.name) and is_whole(path):
             found[int(path.name.removeprefix("checkpoint-"))] = path
         else:
@@ -474,27 +492,26 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
+def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
     """The checkpoint to go on from: the newest whole one for `latest`, or that path; None: start anew."""
-    wanted, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
-    if wanted not in (None, "latest"):
-        if not is_whole(Path(wanted)):
-            raise SystemExit(f"--resume_from_checkpoint={wanted}: there is no whole checkpoint at that path")
-        return Path(wanted)
-    found = checkpoints_in(output_dir)
     if wanted == "latest":
+        found = checkpoints_in(output_dir)
         if not found:
             logger.info(f"--resume_from_checkpoint=latest: there is none in {output_dir}, so this run starts anew")
         return found[-1] if found else None
-    if found and not args.overwrite_output_dir:
-        ways = "go on with --resume_from_checkpoint=latest, or delete them with --overwrite_output_dir"
-        raise SystemExit(f"--output_dir={output_dir} holds checkpoints of an earlier run: {ways}")
-    return None
+    if wanted is not None and not is_whole(Path(wanted)):
+        raise SystemExit(f"--resume_from_checkpoint={wanted}: there is no whole checkpoint at that path")
+    return wanted and Path(wanted).resolve()
 
 
-def clean_output_dir(output_dir: Path, keep_checkpoints: bool):
-    """Deletes what a killed run left half-written, and an earlier run's checkpoints unless they are to be kept."""
-    for path in [*output_dir.glob(".checkpoint-*"), *([] if keep_checkpoints else checkpoints_in(output_dir))]:
+def clean_output_dir(output_dir: Path, checkpoint: Path | None, overwrite: bool):
+    """Makes room for this run's checkpoints: none of another run, or newer than what it goes on from, may be there."""
+    found = checkpoints_in(output_dir)
+    others = found[found.index(checkpoint) + 1 :] if checkpoint in found else found
+    if others and not overwrite:
+        ways = "--resume_from_checkpoint=latest goes on with them, --overwrite_output_dir deletes them"
+        raise SystemExit(f"--output_dir={output_dir} holds {others[-1].name}, which this run would mix with: {ways}")
+    for path in [*others, *output_dir.glob(".checkpoint-*")]:  # the latter: what a killed run left half-written
         shutil.rmtree(path)
 
 
@@ -594,13 +611,12 @@ def picture_size(pipeline, resolution: int) -> int:
     return int(nearest * pipeline.prior_pipe.config.resolution_multiple)
 
 
-def validation_is_due(args, global_step: int, samples_per_update: int, rows: int) -> bool:
-    """Whether this update ended the first epoch, or one `--validation_epochs` after it, and so on."""
-    ended = range((global_step - 1) * samples_per_update // rows, global_step * samples_per_update // rows)
-    return bool(args.validation_prompts) and any(epoch % args.validation_epochs == 0 for epoch in ended)
+def epochs_ended(global_step: int, samples_per_update: int, rows: int) -> range:
+    """The epochs, counted from 0, that this update ended: mostly none, several if the data set is tiny."""
+    return range((global_step - 1) * samples_per_update // rows, global_step * samples_per_update // rows)
 
 
-def log_validation(accelerator, args, prior, text_encoder, tokenizer, noise_scheduler, seed, global_step) -> list:
+def log_validation(accelerator, args, parts: dict, seed: int, global_step: int) -> list:
     """Draws the validation prompts, the same noise every time, and hands the pictures to trackers and `samples/`.
 
     Sampling is done in float32 (under autocast): the pipeline takes its dtype from the text encoder, and in half
@@ -610,11 +626,12 @@ def log_validation(accelerator, args, prior, text_encoder, tokenizer, noise_sche
         The pictures, in the order of the prompts; none if drawing them failed.
     """
     logger.info(f"Drawing {len(args.validation_prompts)} validation pictures")
-    weight_dtype = text_encoder.dtype
-    prior.eval()
+    weight_dtype = parts["text_encoder"].dtype
+    parts["prior"].eval()
     pipeline = None
     try:
-        pipeline = load_pipeline(args, prior, text_encoder.float(), tokenizer, noise_scheduler, weight_dtype)
+        parts["text_encoder"].float()
+        pipeline = load_pipeline(args, **parts, dtype=weight_dtype)
         pipeline.to(accelerator.device)
         pipeline.set_progress_bar_config(disable=True)
         size = picture_size(pipeline, args.resolution)
@@ -639,8 +656,8 @@ def log_validation(accelerator, args, prior, text_encoder, tokenizer, noise_sche
         return []
     finally:
         del pipeline
-        text_encoder.to(weight_dtype)
-        prior.train()
+        parts["text_encoder"].to(weight_dtype)
+        parts["prior"].train()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -809,17 +826,17 @@ def main(argv: list[str] | None = None):
     device, ranks, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     weight_dtype = torch.float32  # of the frozen models; the prior's own weights stay in float32
     if accelerator.native_amp:
-        weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+        weight_dtype = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
 
     # Where the run starts: anew, or at a checkpoint, whose seed goes on.
     output_dir = Path(args.output_dir)
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     state = json.loads((checkpoint / STATE_FILE).read_text()) if checkpoint else {"global_step": 0, "plan": {}}
     global_step = state["global_step"]
     seed = args.seed if args.seed is not None else state["plan"].get("seed", random.getrandbits(31))
     (seed,) = broadcast_object_list([seed])
     if accelerator.is_main_process:
-        clean_output_dir(output_dir, keep_checkpoints=args.resume_from_checkpoint is not None)
+        clean_output_dir(output_dir, checkpoint, args.overwrite_output_dir)
 
     # What the end of the run will need is tried now.
     repo_id = args.hub_model_id or output_dir.resolve().name
@@ -844,13 +861,8 @@ def main(argv: list[str] | None = None):
     # The plan, in updates. Batches and accumulation run on over an epoch's edge: each is full, each row seen once.
     samples_per_update = args.train_batch_size * args.gradient_accumulation_steps * ranks
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / samples_per_update)
-    plan = {
-        "seed": seed,
-        "rows": len(dataset),
-        "train_batch_size": args.train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "processes": ranks,
-    }
+    plan = {"seed": seed, "rows": len(dataset), "captions": digest(dataset, args.caption_column), "processes": ranks}
+    plan |= {name: getattr(args, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
     for name, value in state["plan"].items():
         if plan[name] != value:
             raise SystemExit(f"{checkpoint} cannot go on exactly: its run had {name}={value}, this one {plan[name]}")
@@ -891,14 +903,13 @@ def main(argv: list[str] | None = None):
         left = "going on" if global_step < max_train_steps else "nothing is left to train, only to save"
         logger.info(f"{checkpoint} is at update {global_step}: {left}")
     whole_prior = accelerator.unwrap_model(prior)
-    draw = functools.partial(
-        log_validation, accelerator, args, whole_prior, text_encoder, tokenizer, noise_scheduler, seed
-    )
-    progress = tqdm(
-        total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
+    draw = None
+    if args.validation_prompts:
+        parts = {"prior": whole_prior, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        draw = functools.partial(log_validation, accelerator, args, parts | {"scheduler": noise_scheduler}, seed)
+    progress = tqdm(total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process)
 
-    batches = iter(train_dataloader)
+    batches, bad_rows = iter(train_dataloader), set()
     prior.train()
     while global_step < max_train_steps:
         started = time.perf_counter()
@@ -906,7 +917,7 @@ def main(argv: list[str] | None = None):
         torch.manual_seed(draw_seed(seed, "update", global_step, rank))
         train_loss, rows = torch.zeros((), device=device), []
         for _ in range(args.gradient_accumulation_steps):
-            batch = next_batch(batches, device)
+            batch = next_batch(batches, device, bad_rows)
             with accelerator.accumulate(prior):
                 with torch.no_grad():
                     text = text_encoder(batch["text_input_ids"], attention_mask=batch["text_mask"])
@@ -953,7 +964,10 @@ def main(argv: list[str] | None = None):
             logger.info("Stopped; the same command with --resume_from_checkpoint=latest goes on")
             accelerator.end_training()
             sys.exit(128 + max(signals, default=signal.SIGTERM))
-        if global_step < max_train_steps and validation_is_due(args, global_step, samples_per_update, len(dataset)):
+        ended = epochs_ended(global_step, samples_per_update, len(dataset))
+        if ended and bad_rows:
+            logger.warning(f"{len(bad_rows)} rows left out so far, at the end of epoch {ended[-1] + 1}")
+        if draw and global_step < max_train_steps and any(epoch % args.validation_epochs == 0 for epoch in ended):
             if accelerator.is_main_process:
                 with averaged_weights(whole_prior, ema_prior):
                     draw(global_step)
@@ -964,12 +978,13 @@ def main(argv: list[str] | None = None):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with averaged_weights(whole_prior, ema_prior):
-            prior_pipeline = save_prior_pipeline(args, whole_prior, tokenizer, noise_scheduler, output_dir)
+            with blaming("--output_dir", output_dir):
+                prior_pipeline = save_prior_pipeline(args, whole_prior, tokenizer, noise_scheduler, output_dir)
             try:
                 save_pipeline(args, prior_pipeline, output_dir)
             except Exception as error:
                 logger.warning(f"{output_dir} will not load as a pipeline, only its prior_pipeline/: {error}")
-            pictures = draw(global_step) if args.validation_prompts else []
+            pictures = draw(global_step) if draw else []
         save_model_card(args, repo_id, global_step, pictures, output_dir)
         if args.push_to_hub:
             push(args, repo_id, output_dir)

@@ -83,7 +83,7 @@ def tiny_args(models, pictures, output_dir, **flags):
 
 
 class Finished:
-    """A run of `main` that has ended: its exit status, and what it wrote to stdout and stderr."""
+    """A run of `main` that has ended: its exit status (-N: killed by signal N), what it wrote to stdout and stderr."""
 
     def __init__(self, returncode, output):
         self.returncode = returncode
@@ -98,7 +98,8 @@ def main_in_child(args, env, folder, log):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    sys.stdout.reconfigure(line_buffering=True)  # lines of both in the order they were written
     # Loggers that were set up under pytest write into its capture; pytest's own on the root logger would keep
     # logging.basicConfig from doing anything. Warnings go to pytest's recorder.
     logging.root.handlers.clear()
@@ -171,7 +172,11 @@ def run_script(tmp_path_factory):
 
 @pytest.fixture
 def run_main(tmp_path_factory):
-    """run_main(args, timeout=300, **env): the script's `main` in a fork of this process, as a `Finished`."""
+    """run_main(args, timeout=300, **env): the script's `main` in a fork of this process, as a `Finished`.
+
+    `env` works as in `run_script`, except for what libraries read when they are imported (HF_HUB_OFFLINE, HF_ENDPOINT,
+    OMP_NUM_THREADS, ...): that needs a fresh process.
+    """
     import train_text_to_image_prior  # noqa: F401  here, so that no fork has to
 
     def run(args, timeout=300, **env):

@@ -241,12 +241,6 @@ def draw_seed(*key) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def digest(dataset: datasets.Dataset, caption_column: str) -> int:
-    """A number that tells data sets apart: of some 1,000 captions, spread over the rows."""
-    some = dataset.select(range(0, len(dataset), math.ceil(len(dataset) / 1000)))
-    return draw_seed(some.select_columns([caption_column])[:])
-
-
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, rows: int) -> torch.Tensor:
     """The order of the rows in an epoch: (rows,) int64."""
@@ -511,8 +505,15 @@ def clean_output_dir(output_dir: Path, checkpoint: Path | None, overwrite: bool)
     if others and not overwrite:
         ways = "--resume_from_checkpoint=latest goes on with them, --overwrite_output_dir deletes them"
         raise SystemExit(f"--output_dir={output_dir} holds {others[-1].name}, which this run would mix with: {ways}")
-    for path in [*others, *output_dir.glob(".checkpoint-*")]:  # the latter: what a killed run left half-written
+    for path in others:
+        remove_checkpoint(path)
+    for path in output_dir.glob(".*checkpoint-*"):  # what a killed run left half-written or half-deleted
         shutil.rmtree(path)
+
+
+def remove_checkpoint(path: Path):
+    """Deletes a checkpoint under another name, so that what a kill leaves of it is known for what it is."""
+    shutil.rmtree(path.rename(path.with_name(f".old-{path.name}")))
 
 
 def register_checkpoint_hooks(accelerator: Accelerator, ema_prior: EMAModel | None):
@@ -554,7 +555,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict, lim
             aside.rename(final)
             flush_to_disk(output_dir)
             for old in checkpoints_in(output_dir)[: -limit if limit else 0]:
-                shutil.rmtree(old)
+                remove_checkpoint(old)
             logger.info(f"Saved {final}")
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -585,13 +586,11 @@ def load_pipeline(args, prior, text_encoder, tokenizer, scheduler, dtype: torch.
 
 def check_decoder(args: argparse.Namespace):
     """Reads the decoder's index, so that a wrong name does not come to light when the training is done."""
-    with blaming("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
-        index = wuerstchen.WuerstchenDecoderPipeline.load_config(
-            args.pretrained_decoder_model_name_or_path, cache_dir=args.cache_dir
-        )
-        missing = {"decoder", "vqgan", "text_encoder", "tokenizer", "scheduler"} - set(index)
-        if missing:
-            raise ValueError(f"model_index.json is not a Würstchen decoder's: it has no {', '.join(sorted(missing))}")
+    source = args.pretrained_decoder_model_name_or_path
+    with blaming("--pretrained_decoder_model_name_or_path", source):
+        index = wuerstchen.WuerstchenDecoderPipeline.load_config(source, cache_dir=args.cache_dir)
+        if not {"decoder", "vqgan"} <= index.keys():
+            raise ValueError("its model_index.json is not that of a Würstchen decoder")
 
 
 def picture_size(pipeline, resolution: int) -> int:
@@ -604,16 +603,9 @@ def picture_size(pipeline, resolution: int) -> int:
     config = pipeline.decoder.config
     divisor = config.patch_size * 2 ** (len(config.c_hidden) - 1)
     scale = pipeline.decoder_pipe.config.latent_dim_scale
-    sides = [
-        side for side in range(1, trained + 4 * divisor) if int(side * scale) > 0 and int(side * scale) % divisor == 0
-    ]
+    sides = [side for side in range(1, trained + 2 * divisor) if int(side * scale) % divisor == 0]
     nearest = min(sides, key=lambda side: abs(side - trained))
     return int(nearest * pipeline.prior_pipe.config.resolution_multiple)
-
-
-def epochs_ended(global_step: int, samples_per_update: int, rows: int) -> range:
-    """The epochs, counted from 0, that this update ended: mostly none, several if the data set is tiny."""
-    return range((global_step - 1) * samples_per_update // rows, global_step * samples_per_update // rows)
 
 
 def log_validation(accelerator, args, parts: dict, seed: int, global_step: int) -> list:
@@ -861,7 +853,9 @@ def main(argv: list[str] | None = None):
     # The plan, in updates. Batches and accumulation run on over an epoch's edge: each is full, each row seen once.
     samples_per_update = args.train_batch_size * args.gradient_accumulation_steps * ranks
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / samples_per_update)
-    plan = {"seed": seed, "rows": len(dataset), "captions": digest(dataset, args.caption_column), "processes": ranks}
+    spread = range(0, len(dataset), math.ceil(len(dataset) / 1000))  # some captions tell one data set from another
+    captions = draw_seed(dataset.select_columns([args.caption_column])[spread])
+    plan = {"seed": seed, "rows": len(dataset), "captions": captions, "processes": ranks}
     plan |= {name: getattr(args, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
     for name, value in state["plan"].items():
         if plan[name] != value:
@@ -963,8 +957,12 @@ def main(argv: list[str] | None = None):
         if stop:
             logger.info("Stopped; the same command with --resume_from_checkpoint=latest goes on")
             accelerator.end_training()
+            del batches  # and with it the reading processes
             sys.exit(128 + max(signals, default=signal.SIGTERM))
-        ended = epochs_ended(global_step, samples_per_update, len(dataset))
+        # The epochs, counted from 0, that this update ended: mostly none, several if the data set is tiny.
+        ended = range(
+            (global_step - 1) * samples_per_update // len(dataset), global_step * samples_per_update // len(dataset)
+        )
         if ended and bad_rows:
             logger.warning(f"{len(bad_rows)} rows left out so far, at the end of epoch {ended[-1] + 1}")
         if draw and global_step < max_train_steps and any(epoch % args.validation_epochs == 0 for epoch in ended):

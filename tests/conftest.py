@@ -128,7 +128,18 @@ def main_in_child(args, env, folder, log):
 
     import train_text_to_image_prior
 
-    train_text_to_image_prior.main(args)
+    try:
+        train_text_to_image_prior.main(args)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = 1 if isinstance(end.code, str) else end.code or 0
+    else:
+        status = 0
+    # As a process that ends does, and a forked child does not: let go of the frames, and so of the loader's workers.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @pytest.fixture(scope="session")
@@ -170,7 +181,7 @@ def run_script(tmp_path_factory):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_main(tmp_path_factory):
     """run_main(args, timeout=300, **env): the script's `main` in a fork of this process, as a `Finished`.
 

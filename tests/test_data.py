@@ -35,6 +35,8 @@ from transformers import CLIPTokenizerFast
 import train_text_to_image_prior as script
 
 ROWS = [json.loads(line) for line in (PICTURES / "metadata.jsonl").read_text().splitlines()]
+OPAQUE = [row for row in ROWS if Image.open(PICTURES / row["file_name"]).mode == "RGB"]
+TRAIN, TEST = OPAQUE[:8], OPAQUE[8:12]
 START, END = 49406, 49407  # CLIP's <|startoftext|> and <|endoftext|>
 WHITE = (255, 255, 255)
 
@@ -119,7 +121,13 @@ def test_palette_with_a_transparency_for_each_colour_is_laid_on_white():
     alpha[0], alpha[1] = 0, 255
     index = noise(8, 8, high=16)
     value = png(
-        8, 8, 8, 3, index.astype(np.uint8).tobytes(), palette=bytes(palette.ravel().tolist()), transparent=bytes(alpha)
+        8,
+        8,
+        8,
+        3,
+        index.astype(np.uint8).tobytes(),
+        palette=bytes(palette.ravel().tolist()),
+        transparent=bytes(alpha.tolist()),
     )
     assert np.abs(decoded(value) - on_white(palette[index], alpha[index])).max() <= 1
 
@@ -263,7 +271,7 @@ def test_very_long_pictures_keep_their_centre(size):
 # ------------------------------------------------------------------------------------- where a data set may be
 
 
-def write_folder(folder, rows=ROWS[:8], metadata="jsonl", rename=lambda name: name):
+def write_folder(folder, rows=TRAIN, metadata="jsonl", rename=lambda name: name):
     """A folder of pictures with their captions."""
     folder.mkdir(parents=True)
     listed = []
@@ -279,21 +287,21 @@ def write_folder(folder, rows=ROWS[:8], metadata="jsonl", rename=lambda name: na
     return folder
 
 
-def in_memory(rows=ROWS[:8]):
+def in_memory(rows=TRAIN):
     """A datasets.Dataset with an Image column that holds its files."""
     pictures = [{"bytes": (PICTURES / row["file_name"]).read_bytes(), "path": row["file_name"]} for row in rows]
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
     return datasets.Dataset.from_dict({"image": pictures, "text": [row["text"] for row in rows]}, features=features)
 
 
-def picture_files(rows=ROWS[:8]):
+def picture_files(rows=TRAIN):
     return [(PICTURES / row["file_name"]).read_bytes() for row in rows]
 
 
 def write_parquet(folder, column):
     """Parquet as other tools write it: nothing in it says that the column holds pictures."""
     folder.mkdir()
-    texts = pyarrow.array([row["text"] for row in ROWS[:8]])
+    texts = pyarrow.array([row["text"] for row in TRAIN])
     pyarrow.parquet.write_table(pyarrow.table({"image": column, "text": texts}), folder / "rows.parquet")
 
 
@@ -301,16 +309,16 @@ def write_hub_layout(folder):
     """What a data set on the Hub mostly is."""
     (folder / "data").mkdir(parents=True)
     in_memory().to_parquet(folder / "data" / "train-00000-of-00001.parquet")
-    in_memory(ROWS[8:12]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    in_memory(TEST).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Pictures\n")
 
 
 def write_train_and_test(folder):
     write_folder(folder / "train")
-    write_folder(folder / "test", ROWS[8:12])
+    write_folder(folder / "test", TEST)
 
 
-LAYOUTS = {  # each leaves eight rows to train on, ROWS[:8]
+LAYOUTS = {  # each leaves eight rows to train on, TRAIN
     "metadata.jsonl": write_folder,
     "metadata.csv": lambda folder: write_folder(folder, metadata="csv"),
     "train and test folders": write_train_and_test,
@@ -325,11 +333,11 @@ LAYOUTS = {  # each leaves eight rows to train on, ROWS[:8]
     ),
     "saved to disk": lambda folder: in_memory().save_to_disk(folder),
     "saved to disk with splits": lambda folder: datasets.DatasetDict(
-        train=in_memory(), test=in_memory(ROWS[8:12])
+        train=in_memory(), test=in_memory(TEST)
     ).save_to_disk(folder),
 }
-RENAMED = {row["file_name"]: f"{index}{row['file_name'][-5:]}" for index, row in enumerate(ROWS[:8])}
-RENAMED |= {ROWS[1]["file_name"]: "1-test.jpg", ROWS[2]["file_name"]: "2_train.jpg", ROWS[4]["file_name"]: "4.dev.jpg"}
+RENAMED = {row["file_name"]: f"{index}{row['file_name'][-5:]}" for index, row in enumerate(TRAIN)}
+RENAMED |= dict(zip(RENAMED, ["0.jpg", "1-test.jpg", "2_train.jpg", "3.dev.jpg"], strict=False))
 
 
 def contents(rows):
@@ -337,10 +345,9 @@ def contents(rows):
     return [(row["text"], hashlib.sha256(script.decode_picture(row["image"]).tobytes()).hexdigest()) for row in rows]
 
 
-def expected(rows=ROWS[:8]):
-    """The same, read past `datasets`. These pictures have neither transparency nor orientation."""
+def expected(rows=TRAIN):
+    """The same, read past `datasets` and past the script: these pictures are RGB and upright."""
     pictures = [Image.open(PICTURES / row["file_name"]) for row in rows]
-    assert {picture.mode for picture in pictures} == {"RGB"}
     hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
     return list(zip([row["text"] for row in rows], hashes, strict=True))
 
@@ -368,9 +375,9 @@ def test_folders_above_the_data_are_not_splits(parent, tmp_path):
 def test_captions_edited_since_the_last_run_are_read_anew(tmp_path):
     folder = write_folder(tmp_path / "pictures")
     args = arguments(train_data_dir=folder)
-    assert script.load_train_dataset(args, 0)[0]["text"] == ROWS[0]["text"]
+    assert script.load_train_dataset(args, 0)[0]["text"] == TRAIN[0]["text"]
     metadata = folder / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace(ROWS[0]["text"], "another caption"))
+    metadata.write_text(metadata.read_text().replace(TRAIN[0]["text"], "another caption"))
     assert script.load_train_dataset(args, 0)[0]["text"] == "another caption"
 
 
@@ -494,11 +501,12 @@ def test_starting_at_a_late_step_decodes_no_earlier_picture(tokenizer, monkeypat
     assert [Path(path).name for path in opened] == [ROWS[row]["file_name"] for row in order]
 
 
-def test_workers_that_are_spawned_deliver_the_same_batches(tokenizer):
+@pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_deliver_the_batches_that_one_process_does(start, workers, tokenizer):
     args = arguments(train_data_dir=PICTURES, resolution=32, caption_column="captions", caption_dropout=0.3)
     rows = script.load_train_dataset(args, 0)
     alone = list(loader(rows, args, tokenizer, 14, 20))  # over the edge of an epoch
-    options = {"num_workers": 2, "multiprocessing_context": "spawn"}
+    options = {"num_workers": workers, "multiprocessing_context": start}
     spawned = list(loader(rows, args, tokenizer, 14, 20, **options))
     assert len(spawned) == len(alone) == 6
     for ours, theirs in zip(alone, spawned, strict=True):
@@ -548,8 +556,8 @@ def test_caption_lists_of_a_data_set_are_all_used(tokenizer):
 
 
 def test_caption_dropout_empties_its_share_and_by_default_none(tokenizer):
-    count, share, empty = 3000, 0.1, (START, *[END] * 76)
-    assert captions_of(0, 500, tokenizer, "a cat").count(empty) == 0
+    count, share, empty = 1000, 0.1, (START, *[END] * 76)
+    assert captions_of(0, 200, tokenizer, "a cat").count(empty) == 0
     dropped = captions_of(0, count, tokenizer, "a cat", f"--caption_dropout={share}")
     assert abs(dropped.count(empty) - share * count) < 4 * math.sqrt(count * share * (1 - share))
     assert set(dropped) == {empty, captions_of(0, 1, tokenizer, "a cat")[0]}
@@ -583,10 +591,10 @@ def test_long_captions_are_cut_and_keep_the_end_token(tokenizer):
 # -------------------------------------------------------------------------------------------------- bad rows
 
 
-def problem_of(row, tokenizer):
+def problem_of(row, tokenizer, **flags):
     """The text of a broken row, which stands at 2 among good ones."""
     good = {"image": pixel(), "text": "a cat"}
-    args = arguments(resolution=32)
+    args = arguments(resolution=32, **flags)
     preprocess = functools.partial(script.preprocess_train, tokenizer=tokenizer, args=args)
     problems = {
         sample["problem"] for sample in stream([good, good, row, good], 0, 4, preprocess) if "problem" in sample
@@ -604,7 +612,7 @@ def test_a_broken_picture_is_named_with_row_file_cause_and_way_out(name, cause, 
     (tmp_path / name).write_bytes(broken[name])
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "broken"}) + "\n")
     (row,) = script.load_train_dataset(arguments(train_data_dir=tmp_path), 0)
-    problem = problem_of(row, tokenizer)
+    problem = problem_of(row, tokenizer, train_data_dir=tmp_path)
     for part in ("row 2 ", str(tmp_path / name), cause, "--skip_bad_rows"):
         assert part in problem
 
@@ -623,7 +631,7 @@ def test_a_broken_caption_is_named_with_row_file_cause_and_way_out(caption, toke
 
 
 def test_the_row_named_is_the_data_sets_even_if_only_some_are_drawn(tmp_path, tokenizer):
-    rows = in_memory(ROWS[:12]).to_list()
+    rows = in_memory(OPAQUE[:12]).to_list()
     for number, row in enumerate(rows):
         row["text"] = None
         row["image"]["path"] = f"file-{number}.jpg"
@@ -650,7 +658,7 @@ def test_bad_rows_are_replaced_by_others_the_same_way_every_time():
     assert all(sample["value"] % 2 == 0 and sample["value"] == sample["row"] for sample in first)
     replaced = [sample for sample in first if sample["bad_rows"]]
     assert len(replaced) == 128, "each odd row once an epoch"
-    assert len({sample["row"] for sample in replaced}) == 32, "any good row may take the place"
+    assert len({sample["row"] for sample in replaced}) > 16, "any good row may take the place"
     for sample in replaced:
         assert all(row % 2 and f"row {row} " in text for row, text in sample["bad_rows"].items())
 
@@ -674,10 +682,38 @@ def test_without_skipping_one_broken_row_is_its_batchs_problem(tokenizer):
     assert "row 5 " in batches[at]["problem"]
     assert "problem" not in batches[1 - at]
     with pytest.raises(SystemExit, match=r"row 5 .*--skip_bad_rows"):
-        script.next_batch(iter([batches[at]]), torch.device("cpu"))
+        script.next_batch(iter([batches[at]]), torch.device("cpu"), set())
 
 
 @pytest.mark.parametrize("rows", [1, 10, 1000])
 def test_a_data_set_of_broken_rows_only_ends_in_a_problem(rows):
-    (sample,) = stream(range(1, 2 * rows, 2), 0, 1, fail_on_odd, skip_bad_rows=True)
-    assert re.search(r"\d+ rows .*cannot be read.* is odd", sample["problem"])
+    tried = []
+
+    def fail(row, draw):
+        tried.append(row)
+        if len(tried) > 1000:
+            pytest.fail("it tries for ever")
+        raise ValueError("broken")
+
+    (sample,) = stream(range(rows), 0, 1, fail, skip_bad_rows=True)
+    assert re.search(r"rows .*cannot be read.* broken", sample["problem"])
+
+
+@pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
+def test_a_linked_or_relative_folders_pictures_are_inside_it(flag, tmp_path, monkeypatch, tokenizer):
+    write_folder(tmp_path / "pictures")
+    (tmp_path / "link").symlink_to("pictures")
+    monkeypatch.chdir(tmp_path)
+    for name in ("pictures", "./pictures/", "link", tmp_path / "link"):
+        args = arguments(resolution=32, **{flag: name})
+        preprocess = functools.partial(script.preprocess_train, tokenizer=tokenizer, args=args)
+        assert "problem" not in stream(script.load_train_dataset(args, 0), 0, 1, preprocess)[0], name
+
+
+def test_a_picture_outside_the_data_sets_folder_is_not_read(tmp_path, tokenizer):
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    (tmp_path / "data").mkdir()
+    for path in (str(secret), str(tmp_path / "data" / ".." / "secret.png")):
+        row = {"image": {"bytes": None, "path": path}, "text": "a cat"}
+        assert "outside" in problem_of(row, tokenizer, train_data_dir=tmp_path / "data")

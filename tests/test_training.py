@@ -78,9 +78,9 @@ def watched(main, file, meddle, argv):
         if samples.dim() == 4:
             latest.update(image_embeds=samples, noise=noise, timesteps=timesteps)
 
-    def note_prior(prior, pred_noise, noisy_latents, timesteps, prompt_embeds):
+    def note_prior(prior, pred_noise, x, r, c):  # the pipeline names its arguments
         if prior.training:
-            step = {"noisy": noisy_latents, "given": timesteps, "prompt_embeds": prompt_embeds, "pred": pred_noise}
+            step = {"noisy": x, "given": r, "prompt_embeds": c, "pred": pred_noise}
             record["steps"].append(
                 {k: v.detach().clone() if torch.is_tensor(v) else v for k, v in (latest | step).items()}
             )
@@ -575,8 +575,8 @@ def spoil_third_call(how):
     """Makes the prior's third training step come out wrong."""
     forward, calls = script.wuerstchen.WuerstchenPrior.forward, itertools.count(1)
 
-    def spoiled(self, *args):
-        pred_noise = forward(self, *args)
+    def spoiled(self, *args, **kwargs):
+        pred_noise = forward(self, *args, **kwargs)
         if next(calls) == 3:
             if how == "nan gradient":
                 pred_noise.register_hook(lambda gradient: gradient * math.nan)
@@ -614,7 +614,7 @@ def test_what_stopped_a_run_names_its_rows(train, models, pictures, accumulation
     captions = [json.loads(line)["text"].lower() for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     tokens = [tokenizer(caption, truncation=True, max_length=77)["input_ids"] for caption in captions]
     rows = [tokens.index(ids[mask.bool()].tolist()) for ids, mask in zip(step["ids"], step["mask"], strict=True)]
-    named = [int(row) for row in re.search(r"rows\W+([\d, ]+)", run.output).group(1).split(",")]
+    named = [int(row) for row in re.search(r"rows\W+\[([\d, ]+)\]", run.output).group(1).split(",")]
     assert len(named) == 2 * accumulation
     assert set(rows) <= set(named), run
 
@@ -819,14 +819,11 @@ def test_ranks_draw_different_noise_for_different_rows(train_ranks):
     assert len({sample.numpy().tobytes() for sample in update}) == 8, "an update of eight samples is of eight rows"
 
 
-def test_ranks_dropout_is_not_the_same(train_ranks, models):
-    """At one place of the dropout masks: the outputs of both ranks, against those of the prior without dropout."""
+def test_ranks_draw_different_dropout(train_ranks):
     flags = RANKS | {"max_train_steps": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
     runs = train_ranks(same_inputs, **flags)
     assert all(run.returncode == 0 for run in runs), runs
     first, second = (run.record["steps"][0] for run in runs)
-    for name in ("noisy", "given", "prompt_embeds"):
-        assert torch.equal(first[name], second[name]), name
     assert distance({"": first["pred"]}, {"": second["pred"]}) > 1e-3
 
 
@@ -834,12 +831,8 @@ def same_inputs():
     """Gives the prior the same inputs on every rank, so that only its dropout can differ."""
     forward = script.wuerstchen.WuerstchenPrior.forward
 
-    def fed(self, noisy, timesteps, embeds):
-        if self.training:
-            noisy.fill_(0.5)
-            timesteps.fill_(0.5)
-            embeds.fill_(0.5)
-        return forward(self, noisy, timesteps, embeds)
+    def fed(self, *inputs):
+        return forward(self, *(torch.full_like(tensor, 0.5) for tensor in inputs))
 
     script.wuerstchen.WuerstchenPrior.forward = fed
 

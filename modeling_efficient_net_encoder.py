@@ -98,7 +98,10 @@ def decode_picture(value: dict) -> Image.Image:
     try:
         image = datasets.Image().decode_example(value)  # turns it as its EXIF says
         if image.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            grey, clear = np.asarray(image), image.info.get("transparency")
+            image = Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8))
+            if clear is not None:
+                image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from glob import escape
@@ -50,6 +51,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from modeling_efficient_net_encoder import EfficientNetEncoder, center_square, decode_picture, normalize_pixels
@@ -188,22 +190,42 @@ def blaming(flag: str, value):
 
 
 # ----------------------------------------------------------------------------------------------------- data
+PICTURE_SUFFIXES = frozenset(Image.registered_extensions())
+
+
+def load_splits(source: str, args: argparse.Namespace) -> dict:
+    """The splits of a data set on the Hub or in a folder, of whatever kind its files are."""
+    folder = Path(source)
+    if (folder / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(folder)
+    if (folder / "state.json").is_file():
+        return {"train": datasets.load_from_disk(folder)}
+    if not folder.is_dir() or (args.dataset_name and (folder / "README.md").is_file()):  # on the Hub, or from there
+        return datasets.load_dataset(source, args.dataset_config_name, cache_dir=args.cache_dir)
+    suffixes = {path.suffix.lower() for path in folder.rglob("*")}
+    here = escape(str(folder.resolve()))  # `datasets` takes [brackets] in a folder's name for a pattern
+    for kind in ("parquet", "arrow"):
+        if f".{kind}" in suffixes:
+            return datasets.load_dataset(kind, data_dir=here, cache_dir=args.cache_dir)
+    if not suffixes & PICTURE_SUFFIXES:
+        raise ValueError("there are no pictures, Parquet or Arrow files in it")
+    # Named here, since `datasets` would take a picture called test.jpg for a split.
+    found = [name for name in ("train", "validation", "test") if (folder / name).is_dir()]
+    files = {name: f"{here}/{name}/**" for name in found} or {"train": f"{here}/**"}
+    return datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
+
+
 def load_train_dataset(args: argparse.Namespace, seed: int) -> datasets.Dataset:
     """The rows to train on, their pictures still encoded, so that reading a row cannot fail on a broken picture."""
     flag, source = "--dataset_name", args.dataset_name
-    if source is not None:
-        if args.train_data_dir is not None:
-            logger.warning(f"--train_data_dir={args.train_data_dir} is not used: --dataset_name is given too")
-        with blaming(flag, source):
-            splits = datasets.load_dataset(source, args.dataset_config_name, cache_dir=args.cache_dir)
-    else:
+    if source is None:
         flag, source = "--train_data_dir", args.train_data_dir
-        folder = Path(source).resolve()
-        if not folder.is_dir():
+        if not Path(source).is_dir():
             raise SystemExit(f"{flag}={source}: there is no such folder")
-        kind = next((kind for kind in ("parquet", "arrow") if any(folder.rglob(f"*.{kind}"))), "imagefolder")
-        with blaming(flag, source):  # escaped, since `datasets` takes [brackets] in a folder's name for a pattern
-            splits = datasets.load_dataset(kind, data_dir=escape(str(folder)), cache_dir=args.cache_dir)
+    elif args.train_data_dir is not None:
+        logger.warning(f"--train_data_dir={args.train_data_dir} is not used: --dataset_name is given too")
+    with blaming(flag, source):
+        splits = load_splits(source, args)
     if "train" not in splits or not len(splits["train"]):
         raise SystemExit(f"{flag}={source}: no rows in a split named train; there is {', '.join(splits)}")
 
@@ -212,12 +234,11 @@ def load_train_dataset(args: argparse.Namespace, seed: int) -> datasets.Dataset:
         if column not in dataset.column_names:
             raise SystemExit(f"{flag}={column}: {source} has no such column, only {', '.join(dataset.column_names)}")
     feature = dataset.features[args.image_column]
-    if not isinstance(feature, (datasets.Image, dict)) and getattr(feature, "dtype", None) != "binary":
-        raise SystemExit(
-            f"--image_column={args.image_column} holds {feature}, not pictures: cast it to datasets.Image"
-        )
+    encoded = {"bytes", "path"} <= feature.keys() if isinstance(feature, dict) else "binary" in str(feature)
+    if not encoded and not isinstance(feature, datasets.Image):
+        raise SystemExit(f"--image_column={args.image_column} holds {feature}, not pictures; cast it to Image")
     with blaming("--image_column", args.image_column):
-        dataset = dataset.select_columns([*columns.values()])
+        dataset = dataset.select_columns(list({*columns.values()}))
         dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
     if args.max_train_samples is not None:
         if args.max_train_samples > len(dataset):
@@ -263,23 +284,23 @@ class TrainSamples(torch.utils.data.Dataset):
         row = int(epoch_order(self.seed, epoch, len(self.rows))[place])
         draw = random.Random(draw_seed(self.seed, "sample", position))
         bad_rows = {}
-        while len(bad_rows) < BAD_ROWS_IN_A_ROW:
+        for _ in range(BAD_ROWS_IN_A_ROW):
             try:
                 return self.preprocess(self.rows[row], draw) | {"row": row, "bad_rows": bad_rows}
             except Exception as error:  # a decoder may raise anything
-                bad_rows[row] = f"row {row} of the train split: {error}"
+                bad_rows[row] = f"row {row} of the {len(self.rows)} used: {error}"
                 if not self.skip_bad_rows:
                     return {"problem": f"{bad_rows[row]}; mend it, or leave such rows out with --skip_bad_rows"}
                 row = draw.randrange(len(self.rows))
         return {"problem": f"{BAD_ROWS_IN_A_ROW} rows in a row cannot be read, the last: {bad_rows.popitem()[1]}"}
 
 
-def micro_batches(first_step: int, last_step: int, plan: dict, rank: int) -> list[range]:
+def micro_batches(first_step: int, last_step: int, plan: dict, rank: int) -> Iterator[range]:
     """The positions of each of this rank's micro-batches for the updates [first_step, last_step)."""
     size, share = plan["train_batch_size"], plan["train_batch_size"] * plan["processes"]
     update = share * plan["gradient_accumulation_steps"]
     starts = range(first_step * update + rank * size, last_step * update, share)
-    return [range(start, start + size) for start in starts]
+    return (range(start, start + size) for start in starts)
 
 
 def tokenize_captions(captions: list[str], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -290,16 +311,15 @@ def tokenize_captions(captions: list[str], tokenizer) -> tuple[torch.Tensor, tor
     return inputs.input_ids, inputs.attention_mask.bool()
 
 
-def pick_caption(captions, draw: random.Random) -> str:
-    """A caption, or one drawn from a list of them; the empty string is a caption.
-
-    Raises:
-        ValueError: if it is anything else.
-    """
+def pick_caption(row: dict, draw: random.Random, args: argparse.Namespace) -> str:
+    """The row's caption, one drawn from a list of them, or the empty one. Raises ValueError if there is no text."""
+    captions = row[args.caption_column]
     choices = [captions] if isinstance(captions, str) else captions
     if not isinstance(choices, (list, tuple)) or not choices or not all(isinstance(c, str) for c in choices):
-        raise ValueError(f"the caption is {captions!r}, not a string or a list of strings")
-    return draw.choice(choices)
+        file = (row[args.image_column] or {}).get("path") or "no file name"
+        raise ValueError(f"the caption is {captions!r}, not a string or a list of strings (picture: {file})")
+    caption = draw.choice(choices)
+    return "" if draw.random() < args.caption_dropout else caption
 
 
 def preprocess_train(row: dict, draw: random.Random, tokenizer, args: argparse.Namespace) -> dict:
@@ -307,9 +327,7 @@ def preprocess_train(row: dict, draw: random.Random, tokenizer, args: argparse.N
 
     Take whatever is random from `draw`, which is seeded for the sample, so that a resumed run draws the same.
     """
-    caption = pick_caption(row[args.caption_column], draw)
-    if draw.random() < args.caption_dropout:
-        caption = ""
+    caption = pick_caption(row, draw, args)
     check_inside(row[args.image_column], args)
     image = center_square(decode_picture(row[args.image_column]), args.resolution)
     (text_input_ids,), (text_mask,) = tokenize_captions([caption], tokenizer)
@@ -417,18 +435,15 @@ def read_numbers(accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, signa
     return loss, grad_norm, told > 0
 
 
-def refuse_broken_numbers(accelerator, output_dir: Path, update: int, loss: float, grad_norm: float, drawn: dict):
-    """Ends the run before numbers that are not finite reach the weights.
+def refuse_broken_numbers(accelerator, output_dir: Path, loss: float, grad_norm: float, where: str):
+    """Ends the run before a loss or gradient that is not finite reaches the weights.
 
     With fp16 an overflow is normal: the scaler leaves the update out and halves its scale, until there is none left.
     """
-    broken = not math.isfinite(loss + grad_norm)
-    if accelerator.scaler is not None:
-        broken = accelerator.scaler.get_scale() < SMALLEST_SCALE
-    if broken:
-        good = ", ".join(path.name for path in checkpoints_in(output_dir)[-1:]) or "none yet"
-        numbers = f"the loss is {loss}, the gradient's norm {grad_norm}"
-        raise SystemExit(f"stopped before update {update}: {numbers}; {drawn}; the last good checkpoint: {good}")
+    scaler = accelerator.scaler
+    if scaler.get_scale() < SMALLEST_SCALE if scaler else not math.isfinite(loss + grad_norm):
+        good = ", ".join(path.name for path in checkpoints_in(output_dir)[-1:]) or "there is none"
+        raise SystemExit(f"stopped {where}: loss {loss}, gradient norm {grad_norm}; the last good checkpoint: {good}")
 
 
 def note_signals() -> list[int]:
@@ -498,22 +513,18 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
     return wanted and Path(wanted).resolve()
 
 
-def clean_output_dir(output_dir: Path, checkpoint: Path | None, overwrite: bool):
-    """Makes room for this run's checkpoints: none of another run, or newer than what it goes on from, may be there."""
+def other_checkpoints(output_dir: Path, checkpoint: Path | None) -> list[Path]:
+    """The checkpoints there that this run would mix its own with: another run's, or newer ones."""
     found = checkpoints_in(output_dir)
-    others = found[found.index(checkpoint) + 1 :] if checkpoint in found else found
-    if others and not overwrite:
-        ways = "--resume_from_checkpoint=latest goes on with them, --overwrite_output_dir deletes them"
-        raise SystemExit(f"--output_dir={output_dir} holds {others[-1].name}, which this run would mix with: {ways}")
-    for path in others:
-        remove_checkpoint(path)
-    for path in output_dir.glob(".*checkpoint-*"):  # what a killed run left half-written or half-deleted
+    return found[found.index(checkpoint) + 1 :] if checkpoint in found else found
+
+
+def remove_checkpoints(paths: list[Path], output_dir: Path):
+    """Deletes them under other names, so that what a kill leaves is known for what it is, and deletes such, too."""
+    for path in paths:
+        path.rename(path.with_name(f".old-{path.name}"))
+    for path in output_dir.glob(".*checkpoint-*"):
         shutil.rmtree(path)
-
-
-def remove_checkpoint(path: Path):
-    """Deletes a checkpoint under another name, so that what a kill leaves of it is known for what it is."""
-    shutil.rmtree(path.rename(path.with_name(f".old-{path.name}")))
 
 
 def register_checkpoint_hooks(accelerator: Accelerator, ema_prior: EMAModel | None):
@@ -554,8 +565,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict, lim
             shutil.rmtree(final, ignore_errors=True)  # there is one only if it is torn
             aside.rename(final)
             flush_to_disk(output_dir)
-            for old in checkpoints_in(output_dir)[: -limit if limit else 0]:
-                remove_checkpoint(old)
+            remove_checkpoints(checkpoints_in(output_dir)[: -limit if limit else 0], output_dir)
             logger.info(f"Saved {final}")
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -612,10 +622,8 @@ def log_validation(accelerator, args, parts: dict, seed: int, global_step: int) 
     """Draws the validation prompts, the same noise every time, and hands the pictures to trackers and `samples/`.
 
     Sampling is done in float32 (under autocast): the pipeline takes its dtype from the text encoder, and in half
-    precision the prior would see other timesteps than it was trained on. What fails here never ends a run.
-
-    Returns:
-        The pictures, in the order of the prompts; none if drawing them failed.
+    precision the prior would see other timesteps than it was trained on. What fails here never ends a run: it
+    returns the pictures in the order of the prompts, or none.
     """
     logger.info(f"Drawing {len(args.validation_prompts)} validation pictures")
     weight_dtype = parts["text_encoder"].dtype
@@ -731,53 +739,37 @@ The weights are float32. The prior alone, with its text encoder, is the pipeline
 
 ## How it was trained
 
-{settings}
+For {updates} updates, with `{settings}`.
 """
-CARD_SETTINGS = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution")
 
 
-def save_model_card(args, repo_id: str, global_step: int, pictures: list, output_dir: Path):
+def save_model_card(args, repo_id: str, updates: int, pictures: list, output_dir: Path):
     """Writes README.md: what was trained on what, pictures, and code that draws with the model."""
     base, prompts = args.pretrained_prior_model_name_or_path, args.validation_prompts or ["a photo"]
     on_hub = args.dataset_name is not None and not Path(args.dataset_name).exists()
-    metadata = ModelCardData(
-        license="mit",
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        base_model=base,
-        datasets=[args.dataset_name] if on_hub else None,
-        tags=["wuerstchen", "text-to-image", "diffusers", "diffusers-training"],
-    )
+    tags = ["wuerstchen", "text-to-image", "diffusers", "diffusers-training"]
+    metadata = ModelCardData(base_model=base, license="mit", library_name="diffusers", tags=tags)
+    if on_hub:
+        metadata["datasets"] = [args.dataset_name]
     size, shown = 1024, ""
     if pictures:
         size, shown = pictures[0].width, "".join(f"* {prompt}\n" for prompt in prompts) + "\n![pictures](grid.png)\n"
         diffusers.utils.make_image_grid(pictures, rows=1, cols=len(pictures)).save(output_dir / "grid.png")
-    settings = {"updates": global_step} | {name: getattr(args, name) for name in CARD_SETTINGS}
-    text = MODEL_CARD.format(
-        metadata=metadata.to_yaml(),
-        repo_id=repo_id,
-        base=base,
-        source=args.dataset_name if on_hub else "local pictures",
-        pictures=shown,
-        prompt=json.dumps(prompts[0]),
-        size=size,
-        settings="\n".join(f"* {name}: {value}" for name, value in settings.items()),
-    )
-    ModelCard(text).save(output_dir / "README.md")
+    told = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution")
+    settings = " ".join(f"--{name}={getattr(args, name)}" for name in told)
+    source, prompt = args.dataset_name if on_hub else "local pictures", json.dumps(prompts[0])
+    names = {"metadata": metadata.to_yaml(), "repo_id": repo_id, "base": base, "source": source, "pictures": shown}
+    card = MODEL_CARD.format(**names, prompt=prompt, size=size, updates=updates, settings=settings)
+    ModelCard(card).save(output_dir / "README.md")
 
 
 def push(args, repo_id: str, output_dir: Path):
     """Uploads what a user of the model needs, and nothing else."""
     wanted = ["README.md", "*.png", "model_index.json", "prior_pipeline/*"]
     wanted += [f"{path.parent.name}/*" for path in output_dir.glob("*/*config.json")]
+    what = {"repo_id": repo_id, "folder_path": output_dir, "allow_patterns": wanted}
     try:
-        upload_folder(
-            repo_id=repo_id,
-            folder_path=output_dir,
-            allow_patterns=wanted,
-            commit_message="End of training",
-            token=args.hub_token,
-        )
+        upload_folder(**what, commit_message="End of training", token=args.hub_token)
     except Exception as error:
         way = f"hf upload {repo_id} {output_dir} . --include " + " ".join(f"'{pattern}'" for pattern in wanted)
         raise SystemExit(f"--push_to_hub: {error}\nAll of it is in {output_dir}; to push it later: {way}") from None
@@ -827,8 +819,10 @@ def main(argv: list[str] | None = None):
     global_step = state["global_step"]
     seed = args.seed if args.seed is not None else state["plan"].get("seed", random.getrandbits(31))
     (seed,) = broadcast_object_list([seed])
-    if accelerator.is_main_process:
-        clean_output_dir(output_dir, checkpoint, args.overwrite_output_dir)
+    others = other_checkpoints(output_dir, checkpoint)
+    if others and not args.overwrite_output_dir:
+        ways = "--resume_from_checkpoint=latest goes on with it, --overwrite_output_dir deletes it"
+        raise SystemExit(f"--output_dir={output_dir} holds {others[-1].name} of an earlier run: {ways}")
 
     # What the end of the run will need is tried now.
     repo_id = args.hub_model_id or output_dir.resolve().name
@@ -860,6 +854,9 @@ def main(argv: list[str] | None = None):
     for name, value in state["plan"].items():
         if plan[name] != value:
             raise SystemExit(f"{checkpoint} cannot go on exactly: its run had {name}={value}, this one {plan[name]}")
+    if accelerator.is_main_process:  # only now, when no flag can be wrong any more
+        remove_checkpoints(others, output_dir)
+
     preprocess = functools.partial(preprocess_train, tokenizer=tokenizer, args=args)
     train_dataloader = torch.utils.data.DataLoader(
         TrainSamples(dataset, preprocess, seed, args.skip_bad_rows),
@@ -901,76 +898,71 @@ def main(argv: list[str] | None = None):
     if args.validation_prompts:
         parts = {"prior": whole_prior, "text_encoder": text_encoder, "tokenizer": tokenizer}
         draw = functools.partial(log_validation, accelerator, args, parts | {"scheduler": noise_scheduler}, seed)
-    progress = tqdm(total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process)
-
     batches, bad_rows = iter(train_dataloader), set()
     prior.train()
-    while global_step < max_train_steps:
-        started = time.perf_counter()
-        # All that an update draws follows from (seed, update, rank): a resumed run draws what the unbroken one would.
-        torch.manual_seed(draw_seed(seed, "update", global_step, rank))
-        train_loss, rows = torch.zeros((), device=device), []
-        for _ in range(args.gradient_accumulation_steps):
-            batch = next_batch(batches, device, bad_rows)
-            with accelerator.accumulate(prior):
-                with torch.no_grad():
-                    text = text_encoder(batch["text_input_ids"], attention_mask=batch["text_mask"])
-                    prompt_embeds = text.last_hidden_state
-                    latents = image_encoder(batch["effnet_pixel_values"].to(weight_dtype))
-                    image_embeds = (latents.float() + LATENT_STD) / LATENT_MEAN
-                    noise = torch.randn_like(image_embeds)
-                    timesteps = torch.rand(len(noise), device=device)
-                    noisy_latents = noise_scheduler.add_noise(image_embeds, noise, timesteps)
+    progress = tqdm(total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process)
+    with progress, logging_redirect_tqdm():  # which ends the bar before anything is said of a stop
+        while global_step < max_train_steps:
+            started = time.perf_counter()
+            # All that an update draws follows from (seed, update, rank): resuming draws what not stopping would.
+            torch.manual_seed(draw_seed(seed, "update", global_step, rank))
+            train_loss, rows = torch.zeros((), device=device), []
+            for _ in range(args.gradient_accumulation_steps):
+                batch = next_batch(batches, device, bad_rows)
+                with accelerator.accumulate(prior):
+                    with torch.no_grad():
+                        text = text_encoder(batch["text_input_ids"], attention_mask=batch["text_mask"])
+                        prompt_embeds = text.last_hidden_state
+                        latents = image_encoder(batch["effnet_pixel_values"].to(weight_dtype))
+                        image_embeds = (latents.float() + LATENT_STD) / LATENT_MEAN
+                        noise = torch.randn_like(image_embeds)
+                        timesteps = torch.rand(len(noise), device=device)
+                        noisy_latents = noise_scheduler.add_noise(image_embeds, noise, timesteps)
 
-                pred_noise = prior(noisy_latents, timesteps, prompt_embeds)
-                loss = F.mse_loss(pred_noise.float(), noise, reduction="none").mean(dim=(1, 2, 3))
-                if args.loss_weighting == "p2":
-                    loss = loss * p2_weight(noise_scheduler, timesteps)
-                loss = loss.mean()
+                    pred_noise = prior(noisy_latents, timesteps, prompt_embeds)
+                    loss = F.mse_loss(pred_noise.float(), noise, reduction="none").mean(dim=(1, 2, 3))
+                    if args.loss_weighting == "p2":
+                        loss = loss * p2_weight(noise_scheduler, timesteps)
+                    loss = loss.mean()
 
-                accelerator.backward(loss)
-                train_loss += loss.detach() / args.gradient_accumulation_steps
-                rows += batch["rows"]
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
-                    train_loss, grad_norm, stop = read_numbers(accelerator, train_loss, grad_norm, signals)
-                    drawn = {"rows": rows, "timesteps": timesteps}
-                    refuse_broken_numbers(accelerator, output_dir, global_step + 1, train_loss, grad_norm, drawn)
-                optimizer.step()
-                optimizer.zero_grad()
-        lr_scheduler.step()
-        global_step += 1
-        if ema_prior is not None:
-            ema_prior.step(prior.parameters())
+                    accelerator.backward(loss)
+                    train_loss += loss.detach() / args.gradient_accumulation_steps
+                    rows += batch["rows"]
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
+                        train_loss, grad_norm, stop = read_numbers(accelerator, train_loss, grad_norm, signals)
+                        where = f"before update {global_step + 1} of rows {rows}, the last at timesteps {timesteps}"
+                        refuse_broken_numbers(accelerator, output_dir, train_loss, grad_norm, where)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            lr_scheduler.step()
+            global_step += 1
+            if ema_prior is not None:
+                ema_prior.step(prior.parameters())
 
-        log = {"train_loss": train_loss, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": grad_norm}
-        log["images_per_second"] = samples_per_update / (time.perf_counter() - started)
-        accelerator.log(log, step=global_step)
-        progress.set_postfix_str(
-            f"loss {train_loss:.4f}, lr {log['lr']:.2e}, {log['images_per_second']:.1f} images/s", refresh=False
-        )
-        progress.update()
+            rate, speed = lr_scheduler.get_last_lr()[0], samples_per_update / (time.perf_counter() - started)
+            log = {"train_loss": train_loss, "lr": rate, "grad_norm": grad_norm, "images_per_second": speed}
+            accelerator.log(log, step=global_step)
+            progress.set_postfix_str(f"loss {train_loss:.4f}, lr {rate:.2e}, {speed:.1f} images/s", refresh=False)
+            progress.update()
 
-        if global_step % args.checkpointing_steps == 0 or stop:
-            state = {"global_step": global_step, "plan": plan}
-            save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit)
-        if stop:
-            logger.info("Stopped; the same command with --resume_from_checkpoint=latest goes on")
-            accelerator.end_training()
-            del batches  # and with it the reading processes
-            sys.exit(128 + max(signals, default=signal.SIGTERM))
-        # The epochs, counted from 0, that this update ended: mostly none, several if the data set is tiny.
-        ended = range(
-            (global_step - 1) * samples_per_update // len(dataset), global_step * samples_per_update // len(dataset)
-        )
-        if ended and bad_rows:
-            logger.warning(f"{len(bad_rows)} rows left out so far, at the end of epoch {ended[-1] + 1}")
-        if draw and global_step < max_train_steps and any(epoch % args.validation_epochs == 0 for epoch in ended):
-            if accelerator.is_main_process:
-                with averaged_weights(whole_prior, ema_prior):
-                    draw(global_step)
-            accelerator.wait_for_everyone()
-    progress.close()
+            if global_step % args.checkpointing_steps == 0 or stop:
+                state = {"global_step": global_step, "plan": plan}
+                save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit)
+            if stop:
+                logger.info("Stopped; the same command with --resume_from_checkpoint=latest goes on")
+                accelerator.end_training()
+                del batches  # and with it the reading processes
+                sys.exit(128 + max(signals, default=signal.SIGTERM))
+            seen, rows_in_all = global_step * samples_per_update, len(dataset)
+            ended = range((seen - samples_per_update) // rows_in_all, seen // rows_in_all)  # the epochs, from 0
+            if ended and bad_rows:
+                logger.warning(f"{len(bad_rows)} rows left out so far, at the end of epoch {ended[-1] + 1}")
+            if draw and global_step < max_train_steps and any(epoch % args.validation_epochs == 0 for epoch in ended):
+                if accelerator.is_main_process:
+                    with averaged_weights(whole_prior, ema_prior):
+                        draw(global_step)
+                accelerator.wait_for_everyone()
 
     # The result: the prior first, then all that could still fail.
     accelerator.wait_for_everyone()

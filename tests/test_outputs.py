@@ -206,7 +206,7 @@ def test_the_hub_gets_what_a_user_needs_and_no_more(guide):
 
 
 def test_the_token_is_nowhere_but_in_requests_to_the_hub(guide, tmp_path_factory):
-    """In no byte of what is written, printed or uploaded, the folder that it ran in and the client's caches included."""
+    """In no byte of what is written, printed or uploaded, its working folder and caches included."""
     run = guide(resolution=64)
     assert TOKEN not in run.log
     places = [run.output_dir, run.wandb, run.hub.folder, *tmp_path_factory.getbasetemp().glob("cwd*")]

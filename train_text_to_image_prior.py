@@ -139,7 +139,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--adam_beta2", type=fraction, default=0.999)
     flag("--adam_weight_decay", type=real, default=0.0)
     flag("--adam_epsilon", type=real, default=1e-8)
-    flag("--max_grad_norm", type=real, default=1.0, help="longer gradients are clipped to this")
+    flag("--max_grad_norm", type=bounded(float, 1e-8), default=1.0, help="longer gradients are clipped to this")
     flag("--use_8bit_adam", **on, help="bitsandbytes' AdamW8bit, for less memory")
 
     flag = parser.add_argument_group("output").add_argument
@@ -236,7 +236,7 @@ def load_train_dataset(args: argparse.Namespace, seed: int) -> datasets.Dataset:
     feature = dataset.features[args.image_column]
     encoded = {"bytes", "path"} <= feature.keys() if isinstance(feature, dict) else "binary" in str(feature)
     if not encoded and not isinstance(feature, datasets.Image):
-        raise SystemExit(f"--image_column={args.image_column} holds {feature}, not pictures; cast it to Image")
+        raise SystemExit(f"--image_column={args.image_column} holds {feature}, not pictures: cast it to Image")
     with blaming("--image_column", args.image_column):
         dataset = dataset.select_columns(list({*columns.values()}))
         dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
@@ -765,7 +765,7 @@ def save_model_card(args, repo_id: str, updates: int, pictures: list, output_dir
 
 def push(args, repo_id: str, output_dir: Path):
     """Uploads what a user of the model needs, and nothing else."""
-    wanted = ["README.md", "*.png", "model_index.json", "prior_pipeline/*"]
+    wanted = ["README.md", "grid.png", "model_index.json", "prior_pipeline/*"]
     wanted += [f"{path.parent.name}/*" for path in output_dir.glob("*/*config.json")]
     what = {"repo_id": repo_id, "folder_path": output_dir, "allow_patterns": wanted}
     try:
@@ -906,7 +906,7 @@ def main(argv: list[str] | None = None):
             started = time.perf_counter()
             # All that an update draws follows from (seed, update, rank): resuming draws what not stopping would.
             torch.manual_seed(draw_seed(seed, "update", global_step, rank))
-            train_loss, rows = torch.zeros((), device=device), []
+            train_loss, rows, times = torch.zeros((), device=device), [], []
             for _ in range(args.gradient_accumulation_steps):
                 batch = next_batch(batches, device, bad_rows)
                 with accelerator.accumulate(prior):
@@ -927,11 +927,11 @@ def main(argv: list[str] | None = None):
 
                     accelerator.backward(loss)
                     train_loss += loss.detach() / args.gradient_accumulation_steps
-                    rows += batch["rows"]
+                    rows, times = rows + batch["rows"], [*times, timesteps]
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
                         train_loss, grad_norm, stop = read_numbers(accelerator, train_loss, grad_norm, signals)
-                        where = f"before update {global_step + 1} of rows {rows}, the last at timesteps {timesteps}"
+                        where = f"before update {global_step + 1}, of rows {rows} at timesteps {times}"
                         refuse_broken_numbers(accelerator, output_dir, train_loss, grad_norm, where)
                     optimizer.step()
                     optimizer.zero_grad()

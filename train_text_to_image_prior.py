@@ -749,6 +749,7 @@ def save_model_card(args, repo_id: str, updates: int, pictures: list, output_dir
     on_hub = args.dataset_name is not None and not Path(args.dataset_name).exists()
     tags = ["wuerstchen", "text-to-image", "diffusers", "diffusers-training"]
     metadata = ModelCardData(base_model=base, license="mit", library_name="diffusers", tags=tags)
+    metadata["pipeline_tag"] = "text-to-image"
     if on_hub:
         metadata["datasets"] = [args.dataset_name]
     size, shown = 1024, ""

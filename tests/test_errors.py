@@ -64,7 +64,7 @@ COUNTS = [
     "validation_epochs",
 ]
 SIZES = ["dataloader_num_workers", "lr_warmup_steps", "seed"]
-AMOUNTS = ["learning_rate", "adam_weight_decay", "adam_epsilon", "max_grad_norm"]
+AMOUNTS = ["learning_rate", "adam_weight_decay", "adam_epsilon"]
 SHARES = ["adam_beta1", "adam_beta2", "caption_dropout"]
 
 
@@ -73,6 +73,11 @@ def test_counts_are_at_least_one(flag, refused):
     for value in (0, -1):
         refused(f"--{flag}: must be at least 1, not {value}", **{flag: value})
     refused(f"--{flag}: invalid int value: '2.5'", **{flag: 2.5})
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_clipping_to_nothing_is_refused_since_nothing_would_be_trained(refused, value):
+    refused(f"--max_grad_norm: must be at least 1e-08, not {value}", max_grad_norm=value)
 
 
 @pytest.mark.parametrize("flag", SIZES)

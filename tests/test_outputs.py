@@ -478,6 +478,7 @@ def trained_with_newest(kept, newest_diffusers, run_script, models, pictures, tm
     return kept["newest"]
 
 
+@pytest.mark.slow
 def test_the_newest_diffusers_trains_the_same(trained_with_newest, run_main, models, pictures, tmp_path):
     done, output_dir = trained_with_newest
     assert done.returncode == 0, done.stdout + done.stderr
@@ -494,6 +495,7 @@ def test_the_newest_diffusers_trains_the_same(trained_with_newest, run_main, mod
     assert (output_dir / "samples" / "update-0000002-prompt-0.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["up to 0.37", "from 0.38 on"])
 def test_what_one_line_of_diffusers_saves_the_other_loads(guide, trained_with_newest, newest_diffusers, line):
     _, by_newest = trained_with_newest
@@ -539,6 +541,7 @@ CONFIGURE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", CONFIGURE)
 def test_it_runs_with_each_of_accelerates_configurations(run_script, models, pictures, tmp_path, way):
     home = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home" / "hf")}

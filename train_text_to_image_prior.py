@@ -354,7 +354,7 @@ def next_batch(batches, device: torch.device, bad_rows: set) -> dict:
         raise SystemExit(batch["problem"])
     for row in batch["bad_rows"].keys() - bad_rows:
         logger.warning(f"Left out: {batch['bad_rows'][row]}", main_process_only=False)
-    bad_rows |= batch["bad_rows"].keys()
+    bad_rows.update(batch["bad_rows"])
     return {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in batch.items()}
 
 
@@ -873,7 +873,8 @@ def main(argv: list[str] | None = None):
     register_checkpoint_hooks(accelerator, ema_prior)
     prior, optimizer = accelerator.prepare(prior, optimizer)
     if checkpoint:
-        accelerator.load_state(str(checkpoint))
+        with blaming("--resume_from_checkpoint", checkpoint):
+            accelerator.load_state(str(checkpoint))
     for group in optimizer.param_groups:  # what the flags say now holds, not what the checkpoint remembers
         group.update(optimizer.optimizer.defaults, initial_lr=args.learning_rate)
     lr_scheduler = get_scheduler(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is wrong with a command line ends in one line that names the flag and the way out, not in a traceback."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -173,7 +174,8 @@ def test_an_unknown_scheduler_is_told_which_there_are(refused):
     refused("--lr_scheduler: invalid choice: 'cosin'.*cosine.*constant", lr_scheduler="cosin")
 
 
-def test_8bit_adam_without_bitsandbytes(refused):
+def test_8bit_adam_without_bitsandbytes(refused, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused("--use_8bit_adam needs bitsandbytes.*pip install", use_8bit_adam=True)
 
 

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from diffusers.training_utils import EMAModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import make_prior
 
 import train_text_to_image_prior as script
@@ -415,3 +418,140 @@ def test_the_sequence_of_rows_and_captions_is_the_unbroken_one(rows, batch, accu
     assert [position for position, _ in seen] == list(range(updates * accumulation * batch * ranks))
     for epoch in range(len(seen) // rows):
         assert sorted(row for _, (row, _) in seen[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+
+
+# ---------------------------------------------------------------------------------- what may change on resuming
+
+
+@pytest.fixture(scope="module")
+def halfway(models, pictures, tmp_path_factory, run_main):
+    """The arguments of a run that has ended, and its checkpoint from before its last update."""
+    output_dir = tmp_path_factory.mktemp("halfway") / "run"
+    flags = {"max_train_steps": 3, "checkpointing_steps": 2, "report_to": "tensorboard", "lr_scheduler": "linear"}
+    flags["lr_warmup_steps"] = 0
+    assert run_main(tiny_args(models, pictures, output_dir, **flags)).returncode == 0
+    return flags, output_dir / "checkpoint-2"
+
+
+def rates(output_dir):
+    """The rate logged at each update."""
+    (folder,) = {path.parent for path in Path(output_dir, "logs").glob("*/events*")}
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {event.step: event.value for event in events.Scalars("lr")}
+
+
+def test_another_learning_rate_and_length_hold_on_resuming(models, pictures, tmp_path, run_main, halfway):
+    flags, checkpoint = halfway
+    flags = flags | {"learning_rate": 5e-4, "max_train_steps": 5, "resume_from_checkpoint": checkpoint}
+    result = run_main(tiny_args(models, pictures, tmp_path / "on", **flags))
+    assert result.returncode == 0, result
+    assert rates(tmp_path / "on") == pytest.approx({3: 5e-4 * 2 / 5, 4: 5e-4 / 5, 5: 0})
+
+
+def test_another_data_set_of_the_same_size_is_refused(models, pictures, tmp_path, run_main, halfway):
+    flags, checkpoint = halfway
+    shutil.copytree(pictures, tmp_path / "others")
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"text": f"caption {index}"} for index, line in enumerate(lines)]
+    (tmp_path / "others" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = flags | {"resume_from_checkpoint": checkpoint}
+    result = run_main(tiny_args(models, tmp_path / "others", tmp_path / "on", **flags))
+    assert result.returncode == 1 and "captions" in result.output.splitlines()[-1], result
+
+
+class Payload:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+def test_code_in_a_checkpoint_does_not_run(models, pictures, tmp_path, run_main, halfway, name):
+    flags, checkpoint = halfway
+    poisoned = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, poisoned)
+    torch.save({"state": Payload(tmp_path / "ran")}, poisoned / name)
+    state = json.loads((poisoned / script.STATE_FILE).read_text())
+    state["files"][name] = (poisoned / name).stat().st_size
+    (poisoned / script.STATE_FILE).write_text(json.dumps(state))
+    result = run_main(tiny_args(models, pictures, tmp_path / "on", **flags, resume_from_checkpoint=poisoned))
+    assert not (tmp_path / "ran").exists()
+    if name == "optimizer.bin":  # the random states are not used: every update seeds its own
+        assert result.returncode == 1 and "--resume_from_checkpoint" in result.output.splitlines()[-1], result
+    torch.load(poisoned / name, weights_only=False)  # the payload does work
+    assert (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------ broken rows and numbers
+
+
+@pytest.fixture(scope="module")
+def broken_pictures(pictures, tmp_path_factory):
+    """Ten rows; the picture of row 3 is cut off, and row 7 has no caption."""
+    folder = tmp_path_factory.mktemp("broken")
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()[:10]]
+    for row in rows:
+        shutil.copy(pictures / row["file_name"], folder)
+    os.truncate(folder / rows[3]["file_name"], 900)
+    rows[7]["text"] = None
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_bad_rows_are_named_once_counted_and_the_run_resumes_exactly(models, broken_pictures, tmp_path, run_main):
+    flags = {"skip_bad_rows": True, "max_train_steps": 8, "checkpointing_steps": 3, "use_ema": True}
+    whole = run_main(tiny_args(models, broken_pictures, tmp_path / "whole", **flags))
+    assert whole.returncode == 0, whole
+    assert whole.output.count("Left out: row 3 ") == 1 and whole.output.count("Left out: row 7 ") == 1
+    assert "2 rows left out so far, at the end of epoch 3" in whole.output
+    flags |= {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-3", "dataloader_num_workers": 2}
+    assert run_main(tiny_args(models, broken_pictures, tmp_path / "on", **flags)).returncode == 0
+    assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "on"))
+
+
+def test_a_data_set_that_is_mostly_broken_is_refused(models, broken_pictures, tmp_path, run_main):
+    for path in broken_pictures.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: None if path.suffix == ".jsonl" else 900])
+    flags = {"skip_bad_rows": True, "max_train_steps": 200}
+    result = run_main(tiny_args(models, tmp_path, tmp_path / "run", **flags))
+    assert result.returncode == 1 and "12 rows in a row cannot be read" in result.output.splitlines()[-1], result
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(("loss", "stops"), [(1.0, False), (NAN, True), (INF, True)])
+@pytest.mark.parametrize(
+    ("scale", "stops_fp16"), [(None, None), (2.0**16, False), (2.0**-20, False), (2.0**-21, True)]
+)
+def test_what_is_not_finite_stops_the_run_and_fp16s_overflows_do_not_until_they_never_end(
+    saver, tmp_path, loss, stops, scale, stops_fp16
+):
+    saver.save(tmp_path, 4, limit=None)
+    stops = stops if scale is None else stops_fp16
+    accelerator = SimpleNamespace(scaler=scale and torch.amp.GradScaler("cpu", init_scale=scale))
+    if accelerator.scaler:
+        accelerator.scaler.scale(torch.ones(()))  # the scale is made when it is first used
+    with pytest.raises(SystemExit, match=r"before update 5.*checkpoint-4") if stops else nullcontext():
+        script.refuse_broken_numbers(accelerator, tmp_path, loss, 1.0, "before update 5")
+
+
+def tensors_in(entry):
+    """The tensors of a dict of them, and of the dicts in it."""
+    for value in entry.values():
+        if isinstance(value, dict):
+            yield from tensors_in(value)
+        elif torch.is_tensor(value):
+            yield value
+
+
+def test_eight_bit_adam_resumes_exactly(models, pictures, tmp_path, run_main):
+    flags = RUN | {"use_8bit_adam": True}
+    assert run_main(tiny_args(models, pictures, tmp_path / "whole", **flags)).returncode == 0
+    state = torch.load(tmp_path / "whole" / "checkpoint-4" / "optimizer.bin", weights_only=True)["state"]
+    assert "torch.uint8" in str([[str(value.dtype) for value in tensors_in(entry)] for entry in state.values()])
+    flags |= {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-4"}
+    assert run_main(tiny_args(models, pictures, tmp_path / "on", **flags)).returncode == 0
+    assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "on"))

@@ -435,15 +435,16 @@ def read_numbers(accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, signa
     return loss, grad_norm, told > 0
 
 
-def refuse_broken_numbers(accelerator, output_dir: Path, loss: float, grad_norm: float, where: str):
-    """Ends the run before a loss or gradient that is not finite reaches the weights.
+def refuse_broken_numbers(accelerator, output_dir: Path, update: int, loss: float, grad_norm: float, drawn: dict):
+    """Ends the run before a loss or gradient that is not finite reaches the weights, and says what was `drawn`.
 
     With fp16 an overflow is normal: the scaler leaves the update out and halves its scale, until there is none left.
     """
     scaler = accelerator.scaler
     if scaler.get_scale() < SMALLEST_SCALE if scaler else not math.isfinite(loss + grad_norm):
         good = ", ".join(path.name for path in checkpoints_in(output_dir)[-1:]) or "there is none"
-        raise SystemExit(f"stopped {where}: loss {loss}, gradient norm {grad_norm}; the last good checkpoint: {good}")
+        facts = f"loss {loss}, gradient norm {grad_norm}, {drawn}; the last good checkpoint: {good}"
+        raise SystemExit(f"stopped before update {update}: " + " ".join(facts.split()))
 
 
 def note_signals() -> list[int]:
@@ -492,25 +493,26 @@ def is_whole(checkpoint: Path) -> bool:
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first; what is torn or of another kind is passed over."""
-    found = {}
-    for path in output_dir.resolve().glob("checkpoint*"):
-        if re.fullmatch(r"checkpoint-\d+", path.name) and is_whole(path):
-            found[int(path.name.removeprefix("checkpoint-"))] = path
-        else:
-            logger.warning(f"Passed over {path}: it is not a whole checkpoint")
-    return [found[step] for step in sorted(found)]
+    found = output_dir.resolve().glob("checkpoint-*")
+    whole = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and is_whole(path)]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
     """The checkpoint to go on from: the newest whole one for `latest`, or that path; None: start anew."""
-    if wanted == "latest":
-        found = checkpoints_in(output_dir)
-        if not found:
-            logger.info(f"--resume_from_checkpoint=latest: there is none in {output_dir}, so this run starts anew")
-        return found[-1] if found else None
-    if wanted is not None and not is_whole(Path(wanted)):
+    if wanted is None:
+        return None
+    if wanted != "latest":
+        for path in (Path(wanted), output_dir / wanted):
+            if is_whole(path):
+                return path.resolve()
         raise SystemExit(f"--resume_from_checkpoint={wanted}: there is no whole checkpoint at that path")
-    return wanted and Path(wanted).resolve()
+    whole = checkpoints_in(output_dir)
+    for path in sorted(set(output_dir.resolve().glob("checkpoint*")) - set(whole)):
+        logger.warning(f"Passed over {path}: it is not a whole checkpoint")
+    if not whole:
+        logger.info(f"--resume_from_checkpoint=latest: there is none in {output_dir}, so this run starts anew")
+    return whole[-1] if whole else None
 
 
 def other_checkpoints(output_dir: Path, checkpoint: Path | None) -> list[Path]:
@@ -836,7 +838,7 @@ def main(argv: list[str] | None = None):
     # Data and models. The prior comes from the checkpoint if there is one.
     with accelerator.local_main_process_first():
         dataset = load_train_dataset(args, seed)
-        tokenizer, text_encoder, image_encoder, prior = load_models(args, checkpoint, weight_dtype)
+    tokenizer, text_encoder, image_encoder, prior = load_models(args, checkpoint, weight_dtype)
     text_encoder.to(device)
     image_encoder.to(device)
     noise_scheduler = DDPMWuerstchenScheduler()
@@ -908,7 +910,7 @@ def main(argv: list[str] | None = None):
             started = time.perf_counter()
             # All that an update draws follows from (seed, update, rank): resuming draws what not stopping would.
             torch.manual_seed(draw_seed(seed, "update", global_step, rank))
-            train_loss, rows, times = torch.zeros((), device=device), [], []
+            train_loss, drawn = torch.zeros((), device=device), {"rows": [], "timesteps": []}
             for _ in range(args.gradient_accumulation_steps):
                 batch = next_batch(batches, device, bad_rows)
                 with accelerator.accumulate(prior):
@@ -929,12 +931,12 @@ def main(argv: list[str] | None = None):
 
                     accelerator.backward(loss)
                     train_loss += loss.detach() / args.gradient_accumulation_steps
-                    rows, times = rows + batch["rows"], [*times, timesteps]
+                    drawn["rows"] += batch["rows"]
+                    drawn["timesteps"].append(timesteps)
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
                         train_loss, grad_norm, stop = read_numbers(accelerator, train_loss, grad_norm, signals)
-                        where = f"before update {global_step + 1}, of rows {rows} at timesteps {times}"
-                        refuse_broken_numbers(accelerator, output_dir, train_loss, grad_norm, where)
+                        refuse_broken_numbers(accelerator, output_dir, global_step + 1, train_loss, grad_norm, drawn)
                     optimizer.step()
                     optimizer.zero_grad()
             lr_scheduler.step()

@@ -535,7 +535,7 @@ def test_what_is_not_finite_stops_the_run_and_fp16s_overflows_do_not_until_they_
     if accelerator.scaler:
         accelerator.scaler.scale(torch.ones(()))  # the scale is made when it is first used
     with pytest.raises(SystemExit, match=r"before update 5.*checkpoint-4") if stops else nullcontext():
-        script.refuse_broken_numbers(accelerator, tmp_path, loss, 1.0, "before update 5")
+        script.refuse_broken_numbers(accelerator, tmp_path, 5, loss, 1.0, {})
 
 
 def tensors_in(entry):

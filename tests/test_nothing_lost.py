@@ -271,6 +271,42 @@ def test_a_run_killed_while_saving_ends_in_the_bits_of_the_unbroken_one(
     assert_same_bits(weights(output_dir), unbroken)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "call", "operation"),
+    [
+        ("next_batch", 8, 0),  # inside an accumulation
+        ("read_numbers", 5, 0),  # before the optimizer's step
+        ("log_validation", 1, 0),  # with the average in the prior's place
+        ("log_validation", 1, 2),  # while the pictures are written
+        ("save_prior_pipeline", 1, 3),  # the result half-written
+        ("save_pipeline", 1, 5),
+        ("save_model_card", 1, 0),
+    ],
+)
+def test_a_run_killed_at_any_other_moment_ends_in_the_same_bits(
+    models, pictures, tmp_path, run_main, monkeypatch, unbroken, name, call, operation
+):
+    original, calls = getattr(script, name), []
+
+    def count(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            if not operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            kill_at(operation)
+        return original(*args, **kwargs)
+
+    args = tiny_args(models, pictures, tmp_path / "run", **RUN, validation_prompts="a red apple", validation_epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, name, count)
+        killed = run_main([*args, "--resume_from_checkpoint=latest"])  # there is none: it starts anew
+    assert killed.returncode == -9, killed
+    result = run_main([*args, "--resume_from_checkpoint=latest"])
+    assert result.returncode == 0, result
+    assert_same_bits(weights(tmp_path / "run"), unbroken)
+
+
 STOPPER = """
 import os, signal, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))

@@ -531,8 +531,9 @@ def test_validation_draws_with_the_average(train, models):
             for name in ("prior_ema", "prior")
         )
         for picture, right, wrong in zip(seen, averaged, last, strict=True):
-            assert np.array_equal(picture, right)
-            assert not np.array_equal(picture, wrong)
+            # Another attention kernel draws it here, so that with some versions a few values round the other way.
+            assert np.abs(picture.astype(int) - right).max() <= 1
+            assert 20 * np.count_nonzero(picture != right) < np.count_nonzero(picture != wrong)
 
 
 def test_validation_has_no_dropout_and_training_has_it(train, models, steady_prior):

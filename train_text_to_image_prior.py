@@ -447,18 +447,23 @@ def refuse_broken_numbers(accelerator, output_dir: Path, update: int, loss: floa
         raise SystemExit(f"stopped before update {update}: " + " ".join(facts.split()))
 
 
-def note_signals() -> list[int]:
-    """A list that SIGTERM and SIGINT are appended to, for the loop to look at; the second one ends the process."""
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Within it, SIGTERM and SIGINT are put into the list, for the loop to look at; a second one ends the process."""
     received = []
 
     def note(number, frame):
         if received:
             os._exit(128 + number)
         received.append(number)
+        os.write(2, b"\nStopping after this update; another signal stops at once.\n")
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return received
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ignore_signals(worker: int):
@@ -808,7 +813,6 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     if args.hub_token:  # wandb and comet record the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
-    signals = note_signals()
     accelerator = make_accelerator(args)
     device, ranks, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     weight_dtype = torch.float32  # of the frozen models; the prior's own weights stay in float32
@@ -905,7 +909,7 @@ def main(argv: list[str] | None = None):
     batches, bad_rows = iter(train_dataloader), set()
     prior.train()
     progress = tqdm(total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process)
-    with progress, logging_redirect_tqdm():  # which ends the bar before anything is said of a stop
+    with noted_signals() as signals, progress, logging_redirect_tqdm():  # the bar ends before a stop is told
         while global_step < max_train_steps:
             started = time.perf_counter()
             # All that an update draws follows from (seed, update, rank): resuming draws what not stopping would.

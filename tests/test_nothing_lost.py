@@ -350,13 +350,20 @@ def test_a_signal_ends_the_update_and_leaves_a_checkpoint(
     assert_same_bits(weights(output_dir), unbroken)
 
 
+def test_signals_are_the_systems_again_after_training():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with script.noted_signals():
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     def work():
-        received = script.note_signals()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
+        with script.noted_signals() as received:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
 
     assert in_child(work) == 128 + signal.SIGINT
 

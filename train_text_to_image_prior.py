@@ -305,9 +305,7 @@ def micro_batches(first_step: int, last_step: int, plan: dict, rank: int) -> Ite
 
 def tokenize_captions(captions: list[str], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """CLIP tokens and their mask, (B, 77) int64 and bool: padded, and cut to what the text encoder can take."""
-    inputs = tokenizer(
-        captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
-    )
+    inputs = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     return inputs.input_ids, inputs.attention_mask.bool()
 
 
@@ -686,16 +684,23 @@ def log_pictures(accelerator: Accelerator, prompts: list[str], pictures: list[Im
 
 
 # ----------------------------------------------------------------------------------------------- publishing
+def save_part(part, folder: Path):
+    """Saves a part of a pipeline; of a tokenizer also vocab.json and merges.txt, which transformers 4 reads."""
+    part.save_pretrained(folder)
+    if isinstance(part, CLIPTokenizerFast):
+        part.backend_tokenizer.model.save(str(folder))
+
+
 def save_prior_pipeline(args, prior, tokenizer, noise_scheduler, output_dir: Path):
     """Writes `prior_pipeline/`, the trained prior before anything that could fail is even loaded. All in float32."""
     folder = output_dir / "prior_pipeline"
-    prior.save_pretrained(folder / "prior")
+    save_part(prior, folder / "prior")
     text_encoder = load_text_encoder(args, torch.float32)  # anew: the one in use was rounded to half precision
     pipeline = wuerstchen.WuerstchenPriorPipeline(
         prior=prior, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=noise_scheduler
     )
     for name in ("text_encoder", "tokenizer", "scheduler"):
-        pipeline.components[name].save_pretrained(folder / name)
+        save_part(pipeline.components[name], folder / name)
     pipeline.save_config(folder)  # model_index.json
     return pipeline
 
@@ -703,13 +708,13 @@ def save_prior_pipeline(args, prior, tokenizer, noise_scheduler, output_dir: Pat
 def save_pipeline(args, prior_pipeline, output_dir: Path):
     """Writes the whole pipeline at the root of `output_dir`; `prior_pipeline/` is linked, not written again."""
     pipeline = load_pipeline(args, **prior_pipeline.components, dtype=torch.float32)
-    for name, component in pipeline.components.items():
+    for name, part in pipeline.components.items():
         shutil.rmtree(output_dir / name, ignore_errors=True)
         if name.startswith("prior_"):
             source = output_dir / "prior_pipeline" / name.removeprefix("prior_")
             shutil.copytree(source, output_dir / name, copy_function=link_or_copy)
         else:
-            component.save_pretrained(output_dir / name)
+            save_part(part, output_dir / name)
     pipeline.save_config(output_dir)
 
 

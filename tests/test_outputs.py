@@ -17,12 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_args
+from conftest import TESTS, tiny_args
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import save_published_encoder
 
@@ -555,3 +555,24 @@ def test_it_runs_with_each_of_accelerates_configurations(run_script, models, pic
     assert done.returncode == 0, done.stdout + done.stderr
     assert "default values" not in done.stderr, "the launcher says so when it finds no configuration"
     assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_transformers_4_finds_what_it_knows_in_the_result(run_main, models, pictures, tmp_path):
+    """Version 4 looks for a prefix of tensors' names that 5 takes off, and for the tokenizer's old files."""
+    shutil.copytree(models / "prior", tmp_path / "prior")
+    published = tmp_path / "prior" / "text_encoder" / "model.safetensors"
+    state = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(published).items()}
+    save_file(state, published, metadata={"format": "pt"})
+    flags = {"pretrained_prior_model_name_or_path": tmp_path / "prior", "max_train_steps": 1}
+    assert run_main(tiny_args(models, pictures, tmp_path / "out", **flags)).returncode == 0
+    for folder in ("prior_pipeline/", "prior_"):
+        saved = load_file(tmp_path / "out" / f"{folder}text_encoder" / "model.safetensors")
+        assert same(saved, state)
+        old = tmp_path / "out" / f"{folder}tokenizer"
+        assert json.loads((old / "vocab.json").read_text()) == json.loads(
+            (TESTS / "data" / "clip-tokenizer" / "vocab.json").read_text()
+        )
+        merges = [
+            (file / "merges.txt").read_text().splitlines()[1:] for file in (old, TESTS / "data" / "clip-tokenizer")
+        ]
+        assert merges[0] == [line for line in merges[1] if line]

@@ -182,6 +182,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.slow
 def test_it_is_the_same_from_a_hub_repo_of_either_kind_and_nothing_else_is_fetched(encoder, models, tmp_path):
     (tmp_path / "authors").mkdir()
     published(encoder, tmp_path / "authors" / PUBLISHED_FILE)

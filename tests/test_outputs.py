@@ -524,6 +524,7 @@ def test_it_runs_under_plain_python_and_says_on_what(run_script, models, picture
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_two_ranks_and_one_of_them_writes(run_script, models, pictures, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     args = tiny_args(models, pictures, tmp_path / "out", max_train_steps=1, checkpointing_steps=1)

@@ -110,6 +110,9 @@ def main_in_child(args, env, folder, log):
     warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: print(
         warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr
     )
+    # Torch renews its thread pool at the first call after a fork, and not safely if the threads in which transformers
+    # loads weights all make that call at once ("Invalid thread pool!").
+    torch.set_num_threads(1)
     # What a test did with an Accelerator of its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -110,8 +110,9 @@ def main_in_child(args, env, folder, log):
     warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: print(
         warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr
     )
-    # Torch renews its thread pool at the first call after a fork, and not safely if the threads in which transformers
-    # loads weights all make that call at once ("Invalid thread pool!").
+    # Torch renews its thread pool at the first call after a fork, and that once failed ("Invalid thread pool!") where
+    # the threads in which transformers loads weights made it. Here the main thread does, and weights load in it, too.
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     torch.set_num_threads(1)
     # What a test did with an Accelerator of its own.
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -424,10 +424,6 @@ def test_a_finished_run_is_resumed_without_another_update(models, pictures, tmp_
 # ------------------------------------------------------------------------------------------ the order of samples
 
 
-class Rows(list):
-    """As much of a data set as the stream of samples needs."""
-
-
 @settings(deadline=None, max_examples=60)
 @given(
     rows=st.integers(1, 40),
@@ -445,7 +441,7 @@ def test_the_sequence_of_rows_and_captions_is_the_unbroken_one(rows, batch, accu
     def read(row, draw):
         return {"what": (row, draw.random())}
 
-    samples = script.TrainSamples(Rows(range(rows)), read, seed=3, skip_bad_rows=False)
+    samples = script.TrainSamples(range(rows), read, seed=3, skip_bad_rows=False)
 
     def sequence(first, last, rank):
         batches = script.micro_batches(first, last, plan, rank)

@@ -24,17 +24,20 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMWuerstchenScheduler
-from PIL import Image
 from torch import nn
 from torchvision.models.efficientnet import FusedMBConv, MBConv
-from torchvision.transforms import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.insert(0, str(DATA.parent.parent))
 
 # The script goes first: importing it mends the Würstchen pipelines of diffusers 0.38 and later.
-from modeling_efficient_net_encoder import EfficientNetEncoder  # noqa: E402
+from modeling_efficient_net_encoder import (  # noqa: E402
+    EfficientNetEncoder,
+    center_square,
+    decode_picture,
+    normalize_pixels,
+)
 from train_text_to_image_prior import wuerstchen  # noqa: E402
 
 PICTURES = DATA / "emoji-64"
@@ -42,7 +45,6 @@ LATENT_CHANNELS = 16
 LATENT_MEAN, LATENT_STD = 42.0, 1.0  # by their names in WuerstchenPriorPipeline: z * latent_mean - latent_std
 PRIOR_TEXT_WIDTH = 32
 DECODER_TEXT_WIDTH = 16  # another one than the prior's, so that mixing up the two text encoders is an error
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @contextmanager
@@ -105,14 +107,10 @@ def make_prior(*, seed=0, **prior_kwargs):
 
 
 def read_pictures(folder, resolution):
-    """Every picture of a folder as one (N, 3, resolution, resolution) batch, normalised as EfficientNet has it."""
-    batch = []
-    for path in sorted(path for path in Path(folder).iterdir() if path.suffix in (".jpg", ".png", ".webp")):
-        picture = Image.open(path).convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        picture = F.center_crop(F.resize(picture, resolution, antialias=True), resolution)
-        batch.append(F.normalize(F.to_tensor(picture), IMAGENET_MEAN, IMAGENET_STD))
-    return torch.stack(batch)
+    """Every picture of a folder as one (N, 3, resolution, resolution) batch, as the encoder takes it."""
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix in (".jpg", ".png", ".webp"))
+    pictures = [decode_picture({"path": str(path), "bytes": None}) for path in paths]
+    return torch.stack([normalize_pixels(center_square(picture, resolution)) for picture in pictures])
 
 
 @torch.no_grad()

@@ -1,33 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image encoder of Würstchen, an EfficientNetV2 whose features are mapped to 16 normalised channels, and how a
-picture becomes its input.
+"""What comes before the prior: the image encoder of Würstchen, an EfficientNetV2 whose features are mapped to 16
+normalised channels; how a data set's rows are read, and in which order; and what encoders give for them, kept on disk.
 
 The published weights are one entry, `effnet_state_dict`, of the multi-gigabyte training file `model_v2_stage_b.pt`
 in the Hub repo dome272/wuerstchen. `EfficientNetEncoder.load` takes it from there; `save_pretrained` keeps the 80 MB
 that matter, for `load` or `from_pretrained`.
 """
 
+import functools
+import hashlib
+import inspect
+import math
+import os
+import random
+import signal
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 from torchvision import models
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
+from tqdm.auto import tqdm
+
+logger = get_logger(__name__, log_level="INFO")
 
 BACKBONES = {"efficientnet_v2_s": models.efficientnet_v2_s, "efficientnet_v2_l": models.efficientnet_v2_l}
 # What torchvision's EfficientNet weights were trained with.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PICTURE_SUFFIXES = frozenset(Image.registered_extensions())
+STRIDE = 32  # pixels a latent, in each direction, of what is encoded
+RESOLUTION_MULTIPLE = 42.67  # of what is drawn: the published prior pipeline's `resolution_multiple`
+TILE, SHEET_COLUMNS = 192, 12  # the contact sheet's pictures: pixels a side, updates across
 STRIP = 8  # a picture longer than this times its width is cut to it before it is resized
 PUBLISHED_FILE = "model_v2_stage_b.pt"
+BAD_ROWS_IN_A_ROW = 12  # so many broken rows drawn one after the other mean that most of the data set is broken
 PUBLISHED_KEY = "effnet_state_dict"
+ENCODING_BATCH, ENCODING_PIECE = 32, 2048  # rows that are encoded at once, and that are kept as one file, at least
+ENCODING_PIECES = 256  # such files, at most, since each stays open
 
 
 class EfficientNetEncoder(ModelMixin, ConfigMixin):
@@ -87,14 +109,84 @@ class EfficientNetEncoder(ModelMixin, ConfigMixin):
         return encoder
 
 
-def decode_picture(value: dict) -> Image.Image:
+# -------------------------------------------------------------------------------------------- rows and pictures
+def load_split(split: str, source: str, config_name: str | None, cache_dir: str | None, local: bool):
+    """A split of a data set on the Hub or in a folder, of whatever kind its files are.
+
+    A folder that is not `local`, and has a README.md, is a copy of a repo on the Hub, and read by its rules.
+
+    Raises:
+        ValueError: if the data set has no such split, or no rows in it.
+    """
+    splits = load_splits(source, config_name, cache_dir, local)
+    if not len(splits.get(split, ())):
+        raise ValueError(f"no rows in a split named {split}; there is {', '.join(splits)}")
+    return splits[split]
+
+
+def load_splits(source: str, config_name: str | None, cache_dir: str | None, local: bool) -> dict:
+    """All splits, see `load_split`."""
+    folder = Path(source)
+    if (folder / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(folder)
+    if (folder / "state.json").is_file():
+        return {"train": datasets.load_from_disk(folder)}
+    if not folder.is_dir() or (not local and (folder / "README.md").is_file()):
+        return datasets.load_dataset(source, config_name, cache_dir=cache_dir)
+    suffixes = {path.suffix.lower() for path in folder.rglob("*")}
+    here = escape(str(folder.resolve()))  # `datasets` takes [brackets] in a folder's name for a pattern
+    for kind in ("parquet", "arrow"):
+        if f".{kind}" in suffixes:
+            return datasets.load_dataset(kind, data_dir=here, cache_dir=cache_dir)
+    if not suffixes & PICTURE_SUFFIXES:
+        raise ValueError("there are no pictures, Parquet or Arrow files in it")
+    # Named here, since `datasets` would take a picture called test.jpg for a split.
+    found = [name for name in ("train", "validation", "test") if (folder / name).is_dir()]
+    files = {name: f"{here}/{name}/**" for name in found} or {"train": f"{here}/**"}
+    return datasets.load_dataset("imagefolder", data_files=files, cache_dir=cache_dir)
+
+
+def find_column(rows: datasets.Dataset, name: str) -> str:
+    """The column's name. Raises ValueError if there is no such column."""
+    if name not in rows.column_names:
+        raise ValueError(f"there is no such column, only {', '.join(rows.column_names)}")
+    return name
+
+
+def keep_encoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The rows with a column's pictures as files or their bytes, not decoded. Raises ValueError if it has none."""
+    feature = rows.features[find_column(rows, column)]
+    encoded = {"bytes", "path"} <= feature.keys() if isinstance(feature, dict) else "binary" in str(feature)
+    if not encoded and not isinstance(feature, datasets.Image):
+        raise ValueError(f"the column holds {feature}, not pictures: cast it to Image")
+    return rows.cast_column(column, datasets.Image(decode=False))
+
+
+def picture_size(decoder_pipeline, resolution: int) -> int:
+    """Pixels a side of the picture that latents trained at `resolution` stand for: 1024 for 768, which is 24 latents.
+
+    The decoder halves its own latents, `latent_dim_scale` times as many, level by level, so only some numbers can be
+    drawn: the nearest.
+    """
+    trained, config = math.ceil(resolution / STRIDE), decoder_pipeline.decoder.config
+    divisor, scale = config.patch_size * 2 ** (len(config.c_hidden) - 1), decoder_pipeline.config.latent_dim_scale
+    sides = [side for side in range(1, trained + 2 * divisor) if int(side * scale) % divisor == 0]
+    return int(min(sides, key=lambda side: abs(side - trained)) * RESOLUTION_MULTIPLE)
+
+
+def decode_picture(value: dict, folders: list[Path] | None = None) -> Image.Image:
     """The picture of a data set's row, {"bytes", "path"}, upright, as 8-bit RGB.
 
     16-bit greys are scaled, and what is transparent is laid on white.
 
     Raises:
-        ValueError: with the file's name, whatever is wrong with it.
+        ValueError: with the file's name, whatever is wrong with it, or if it is a file outside of the `folders`.
     """
+    path = (value or {}).get("path")
+    if folders is not None and path and not value["bytes"] and "://" not in path:
+        inside = (Path(path).absolute().is_relative_to(folder.resolve()) for folder in folders)
+        if ".." in Path(path).parts or not any(inside):
+            raise ValueError(f"the picture ({path}) lies outside the data set's folder")
     try:
         image = datasets.Image().decode_example(value)  # turns it as its EXIF says
         if image.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
@@ -111,16 +203,262 @@ def decode_picture(value: dict) -> Image.Image:
         raise ValueError(f"the picture ({file}) cannot be read: {type(error).__name__}: {error}") from error
 
 
-def center_square(image: Image.Image, resolution: int) -> Image.Image:
-    """Resizes the short side to `resolution` pixels (bilinear, antialiased) and crops the centre."""
+def crop_square(image: Image.Image, resolution: int, draw: random.Random | None = None) -> Image.Image:
+    """Resizes the short side to `resolution` pixels (bilinear, antialiased) and crops a square of that side: the
+    centre, or one that is drawn."""
     width, height = image.size
     longest = STRIP * min(width, height)
     if max(width, height) > longest:  # a banner of 60000 x 1 would be resized to 30 million x 512
         image = transforms.center_crop(image, (min(height, longest), min(width, longest)))
     image = transforms.resize(image, resolution, interpolation=InterpolationMode.BILINEAR, antialias=True)
-    return transforms.center_crop(image, resolution)
+    if draw is None:
+        return transforms.center_crop(image, resolution)
+    top, left = draw.randint(0, image.height - resolution), draw.randint(0, image.width - resolution)
+    return transforms.crop(image, top, left, resolution, resolution)
+
+
+def contact_sheet(folder: Path, prompts: list[str]) -> Image.Image:
+    """A folder's pictures update-N-prompt-K.png in one: prompts down, updates across, SHEET_COLUMNS at most."""
+    updates = sorted({file.name.split("-")[1] for file in folder.glob("update-*.png")})
+    updates = updates[:-1][:: math.ceil(len(updates) / SHEET_COLUMNS)] + updates[-1:]
+    sheet = Image.new("RGB", (TILE * (1 + len(updates)), 20 + TILE * len(prompts)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, prompt in enumerate(prompts):
+        pen.text((4, 24 + TILE * row), textwrap.fill(prompt, 28), "black")
+        for column, update in enumerate(updates, 1):
+            pen.text((4 + TILE * column, 4), f"update {int(update)}", "black")
+            if (file := folder / f"update-{update}-prompt-{row}.png").exists():
+                sheet.paste(Image.open(file).resize((TILE, TILE)), (TILE * column, 20 + TILE * row))
+    return sheet
 
 
 def normalize_pixels(image: Image.Image) -> torch.Tensor:
     """A picture as the encoder takes it: (3, H, W) float32, normalised by ImageNet's mean and deviation."""
     return transforms.normalize(transforms.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def check_captions(captions, picture: dict | None) -> list[str]:
+    """A row's captions, a string or a list of them, as a list. Raises ValueError, naming the picture, if it is not."""
+    choices = [captions] if isinstance(captions, str) else captions
+    if not isinstance(choices, (list, tuple)) or not choices or not all(isinstance(c, str) for c in choices):
+        file = (picture or {}).get("path") or "no file name"
+        raise ValueError(f"the caption is {captions!r}, not a string or a list of strings (picture: {file})")
+    return list(choices)
+
+
+def pick_caption(captions: list, draw: random.Random, caption_dropout: float, empty):
+    """One of a row's captions, or with the probability `caption_dropout` the empty one."""
+    caption = draw.choice(captions)
+    return empty if draw.random() < caption_dropout else caption
+
+
+READING = (check_captions, decode_picture, crop_square, normalize_pixels)  # what makes a row an encoder's input
+
+
+# ------------------------------------------------------------------------------------------ the order of samples
+def draw_seed(*key) -> int:
+    """A seed for one thing, well mixed from what names it: draw_seed(seed, "epoch", 3)."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, rows: int) -> torch.Tensor:
+    """The order of the rows in an epoch: (rows,) int64."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(draw_seed(seed, "epoch", epoch)))
+
+
+class TrainSamples(torch.utils.data.Dataset):
+    """The endless stream of samples, epoch after epoch, of which any position can be read at once.
+
+    Sample number `position` is row `epoch_order(...)[position % rows]` of epoch `position // rows`, and all that is
+    drawn for it follows from (seed, position). So resuming is reading on from a position: nothing is skipped.
+    A row that cannot be read becomes {"problem": text}, or with `skip_bad_rows` another row drawn in its place.
+    """
+
+    def __init__(self, rows: datasets.Dataset, preprocess, seed: int, skip_bad_rows: bool):
+        self.rows, self.preprocess, self.seed, self.skip_bad_rows = rows, preprocess, seed, skip_bad_rows
+
+    def __getitem__(self, position: int) -> dict:
+        epoch, place = divmod(position, len(self.rows))
+        row = int(epoch_order(self.seed, epoch, len(self.rows))[place])
+        draw = random.Random(draw_seed(self.seed, "sample", position))
+        bad_rows = {}
+        for _ in range(BAD_ROWS_IN_A_ROW):
+            try:
+                return self.preprocess(self.rows[row], draw) | {"row": row, "bad_rows": bad_rows}
+            except Exception as error:  # a decoder may raise anything
+                bad_rows[row] = f"row {row} of the {len(self.rows)} used: {error}"
+                if not self.skip_bad_rows:
+                    return {"problem": f"{bad_rows[row]}; mend it, or leave such rows out with --skip_bad_rows"}
+                row = draw.randrange(len(self.rows))
+        return {"problem": f"{BAD_ROWS_IN_A_ROW} rows in a row cannot be read, the last: {bad_rows.popitem()[1]}"}
+
+
+def micro_batches(first_step: int, last_step: int, plan: dict, rank: int) -> Iterator[range]:
+    """The positions of each of this rank's micro-batches for the updates [first_step, last_step)."""
+    size, share = plan["train_batch_size"], plan["train_batch_size"] * plan["processes"]
+    update = share * plan["gradient_accumulation_steps"]
+    starts = range(first_step * update + rank * size, last_step * update, share)
+    return (range(start, start + size) for start in starts)
+
+
+def held_out_batches(rows: int, size: int, rank: int, ranks: int) -> list[range]:
+    """The positions of each of a rank's batches, which share out all rows once."""
+    return [range(start, min(start + size, rows)) for start in range(rank * size, rows, ranks * size)]
+
+
+def next_batch(batches, device: torch.device, bad_rows: set) -> dict:
+    """The next micro-batch, on the device; rows that were left out are named once and noted in `bad_rows`."""
+    batch = next(batches)
+    if "problem" in batch:
+        raise SystemExit(batch["problem"])
+    for row in batch["bad_rows"].keys() - bad_rows:
+        logger.warning(f"Left out: {batch['bad_rows'][row]}", main_process_only=False)
+    bad_rows.update(batch["bad_rows"])
+    return {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in batch.items()}
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Within it, SIGTERM and SIGINT are put into the list, for the loop to look at; a second one ends the process."""
+    received = []
+
+    def note(number, frame):
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        os.write(2, b"\nStopping after this update; another signal stops at once.\n")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker: int):
+    """Leaves stopping to the main process: terminals and schedulers signal every process of a job."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------- what encoders give, on disk
+def to_bytes(tensor: torch.Tensor) -> bytes:
+    """The values of a tensor on the CPU, of whatever dtype, as Arrow can keep them."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def fingerprint(*parts) -> str:
+    """A hash of what something follows from: models by their weights, functions by their source, all else by repr."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, nn.Module):
+            for name, tensor in part.state_dict().items():
+                digest.update(name.encode() + to_bytes(tensor.cpu()))
+        else:
+            digest.update((inspect.getsource(part) if inspect.isfunction(part) else repr(part)).encode())
+    return digest.hexdigest()
+
+
+def from_bytes(value: bytes, like: torch.Tensor) -> torch.Tensor:
+    """The values that `to_bytes` gave, (n,), of the dtype of `like`."""
+    return torch.frombuffer(bytearray(value), dtype=like.dtype)
+
+
+class RowReader(torch.utils.data.Dataset):
+    """Rows as `read` gives them, with "" or the reason why it could not."""
+
+    def __init__(self, rows: datasets.Dataset, read: Callable):
+        self.rows, self.read = rows, read
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple:
+        try:
+            return self.read(self.rows[index]), ""
+        except Exception as error:  # a decoder may raise anything
+            return None, str(error) or type(error).__name__
+
+
+def encodings(loader, first: int, tokenize, encode, skip_bad_rows: bool, progress: tqdm) -> Iterator[dict]:
+    """What the encoders give for a RowReader's batches, row by row; the first is row `first` of the data set."""
+    for batch in loader:
+        prompt_embeds = latents = iter(())
+        if good := [read for read, problem in batch if not problem]:
+            pixels, captions = zip(*good, strict=True)
+            ids, mask = tokenize([caption for own in captions for caption in own])
+            inputs = {"effnet_pixel_values": torch.stack(pixels), "text_input_ids": ids, "text_mask": mask}
+            prompt_embeds, latents = (map(to_bytes, tensor.cpu()) for tensor in encode(inputs))
+        for number, (read, problem) in enumerate(batch, first):
+            if problem and not skip_bad_rows:
+                raise SystemExit(f"row {number}: {problem}; mend it, or leave such rows out with --skip_bad_rows")
+            texts = [] if problem else [next(prompt_embeds) for _ in read[1]]
+            yield {"latents": b"" if problem else next(latents), "prompt_embeds": texts, "problem": problem}
+        first += len(batch)
+        progress.update(len(batch))
+
+
+def encode_once(
+    accelerator,
+    rows: datasets.Dataset,
+    cache_dir,
+    skip_bad_rows,
+    *,
+    read,
+    tokenize,
+    encode,
+    key: str,
+    num_workers: int,
+):
+    """A data set of what the encoders give for `rows`: made once, kept on disk under `key`, and mapped from there.
+
+    The ranks share the work out. It is kept in pieces, each written aside and then renamed by `datasets`, so that a
+    pass that was interrupted goes on at the next piece, with whatever number of ranks.
+
+    Args:
+        read: gives a row's pixels and captions, in the loader's processes. What it raises becomes the row's `problem`
+            or, without `skip_bad_rows`, ends the pass.
+        tokenize: makes captions tokens and their mask.
+        encode: takes a batch of those and pixels, as training does, and gives embeddings and latents.
+    """
+    loading = {"collate_fn": list, "num_workers": num_workers, "worker_init_fn": ignore_signals}
+    kind = datasets.Value("large_binary")
+    columns = {"latents": kind, "prompt_embeds": datasets.List(kind), "problem": datasets.Value("string")}
+    size = max(ENCODING_PIECE, math.ceil(len(rows) / ENCODING_PIECES))
+    pieces = [range(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
+    mine = pieces[accelerator.process_index :: accelerator.num_processes]
+    progress = tqdm(total=sum(map(len, mine)), desc="Encoding", unit="row", disable=not accelerator.is_main_process)
+
+    def load(piece: range) -> datasets.Dataset:
+        reader = RowReader(rows.select(piece), read)
+        loader = torch.utils.data.DataLoader(reader, ENCODING_BATCH, **loading)
+        given = {"loader": loader, "first": piece.start, "tokenize": tokenize, "encode": encode}
+        return datasets.Dataset.from_generator(
+            encodings,
+            features=datasets.Features(columns),
+            cache_dir=cache_dir,
+            gen_kwargs=given | {"skip_bad_rows": skip_bad_rows, "progress": progress},
+            fingerprint=f"{key}-{piece.start}-{piece.stop}",
+        )
+
+    datasets.disable_progress_bars()  # one bar for all pieces, not one each
+    with progress:
+        for piece in mine:
+            load(piece)
+            progress.update(max(0, mine.index(piece) * size + len(piece) - progress.n))  # it may have been there
+    datasets.enable_progress_bars()
+    accelerator.wait_for_everyone()
+    return datasets.concatenate_datasets([load(piece) for piece in pieces])
+
+
+def read_cached(row: dict, draw: random.Random, empty: torch.Tensor, args) -> dict:
+    """A row of `encode_once` as tensors, latents (16, side, side) and prompt_embeds (77, width) of the dtype of
+    `empty`, the empty caption's embedding; it draws its caption as those do that read pictures."""
+    if row["problem"]:
+        raise ValueError(row["problem"])
+    side = math.ceil(args.resolution / STRIDE)
+    text = pick_caption(row["prompt_embeds"], draw, args.caption_dropout, empty=to_bytes(empty))
+    latents = from_bytes(row["latents"], empty).view(-1, side, side)
+    return {"latents": latents, "prompt_embeds": from_bytes(text, empty).view(empty.shape)}

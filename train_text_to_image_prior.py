@@ -7,33 +7,34 @@
 
 To resume, run the same command again with --resume_from_checkpoint=latest. The README explains every flag.
 
-Where to edit: augmentation in `preprocess_train`, captions in `tokenize_captions`, data in `load_train_dataset`, the
+Where to edit: augmentation in `read_row`, captions in `tokenize_captions`, data in `load_train_dataset`, the
 optimizer in `make_optimizer`, noise and loss in the loop of `main`. The file reads in the order in which it runs.
 """
 
 import argparse
 import functools
-import hashlib
-import importlib.util
+import importlib
 import json
 import logging
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
-from glob import escape
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import datasets
 import diffusers
+import huggingface_hub as hub
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,19 +43,17 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import DDPMWuerstchenScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-from huggingface_hub.constants import HF_HUB_CACHE
-from PIL import Image
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
-from modeling_efficient_net_encoder import EfficientNetEncoder, center_square, decode_picture, normalize_pixels
+import modeling_efficient_net_encoder as encoding
 
 try:
     from diffusers.pipelines import wuerstchen
@@ -67,14 +66,16 @@ logger = get_logger(__name__, log_level="INFO")
 
 # The published prior pipeline undoes the scaling of its latents with these: latents * LATENT_MEAN - LATENT_STD.
 LATENT_MEAN, LATENT_STD = 42.0, 1.0
-ENCODER_STRIDE = 32  # pixels a latent, in each direction
 STATE_FILE = "trainer_state.json"  # written last into a checkpoint, so that one without it is torn
-FUSED_ADAMW_DEVICES = ("cuda", "cpu", "mps", "xpu")
-CACHES = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # where pictures of the Hub's data sets may lie
-SECRETS = ("hub_token",)  # arguments that no tracker, checkpoint or card may see
-BAD_ROWS_IN_A_ROW = 12  # so many broken rows drawn one after the other mean that most of the data set is broken
+CACHES = (
+    datasets.config.HF_DATASETS_CACHE,
+    hub.constants.HF_HUB_CACHE,
+)  # where pictures of the Hub's data sets may lie
 SMALLEST_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has gone wrong
-VALIDATION_TIMEOUT = timedelta(hours=3)  # other ranks wait this long while the first draws, saves or downloads
+VALIDATION_TIMEOUT = timedelta(hours=3)  # other ranks wait this long while the first saves or downloads
+GUIDANCE_SCALE = 4.0  # of validation pictures: the guide's `prior_guidance_scale`
+LOSS_BANDS = 4  # equal parts of [0, 1), the timesteps, that the held-out loss is told for
+PUSH_WAITS = (10, 30, 60, 300, 900)  # seconds between tries to upload while the Hub is out of order
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -82,11 +83,10 @@ def bounded(kind: type, low: float, below: float = math.inf):
     """An argparse type: an int or a float in [low, below)."""
 
     def convert(text: str):
-        value = kind(text)
-        if not low <= value < below:
-            limit = "" if below == math.inf else f" and below {below}"
-            raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, not {text}")
-        return value
+        if low <= (value := kind(text)) < below:
+            return value
+        limit = "" if below == math.inf else f" and below {below}"
+        raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, not {text}")
 
     convert.__name__ = kind.__name__  # argparse says "invalid int value" with it
     return convert
@@ -102,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--pretrained_prior_model_name_or_path", default="warp-ai/wuerstchen-prior", help="what is trained")
     flag("--pretrained_decoder_model_name_or_path", default="warp-ai/wuerstchen", help="what draws from its latents")
     flag("--pretrained_image_encoder_name_or_path", default="dome272/wuerstchen", help="what gives pictures' latents")
-    flag("--cache_dir", help="folder for downloaded models and prepared data sets")
+    flag("--cache_dir", help="folder for downloaded models, prepared data sets and encoded pictures")
 
     flag = parser.add_argument_group("data, one of the first two; the data set's name wins").add_argument
     flag("--dataset_name", help="a data set on the Hub, or a local copy of one")
@@ -110,10 +110,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--dataset_config_name", help="which configuration of the data set")
     flag("--image_column", default="image", help="the column of pictures")
     flag("--caption_column", default="text", help="the column of captions, each a string or a list of them")
-    flag("--max_train_samples", type=count, help="train on so many rows, drawn with the seed")
-    flag("--resolution", type=bounded(int, ENCODER_STRIDE), default=512, help="side of the square cropped, in pixels")
+    flag("--max_train_samples", type=count, help="take so many rows, drawn with the seed")
+    flag("--validation_split", type=bounded(float, 1e-9), help="rows, or below 1 a share of them, held out")
+    flag("--resolution", type=bounded(int, encoding.STRIDE), default=512, help="side of the square cropped, in pixels")
+    flag("--random_crop", **on, help="crop anywhere, not at the centre")
+    flag("--random_flip", **on, help="mirror half of the pictures, left to right")
     flag("--skip_bad_rows", **on, help="put other rows in place of those that cannot be read, instead of stopping")
     flag("--dataloader_num_workers", type=size, default=0, help="reading processes; 0: the main one reads")
+    flag("--cache_latents", **on, help="encode all rows once, onto disk: about 215 KB a row of one caption at 768")
 
     flag = parser.add_argument_group("training; a step is an update of the weights").add_argument
     flag("--seed", type=size, help="of all that is drawn; by default one is picked, told and kept")
@@ -126,8 +130,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--allow_tf32", **on, help="TF32 for float32 matrix products on CUDA")
     flag("--use_ema", **on, help="keep an average of the weights, which is then validated and saved")
     flag("--loss_weighting", choices=["none", "p2"], default="none", help="p2 is the original training's")
+    flag("--timestep_sampling", choices=["uniform", "stretched"], default="uniform", help="stretched: the original's")
     flag("--caption_dropout", type=fraction, default=0.0, help="share of samples trained on the empty caption")
-    flag("--cache_latents", **on, help="reserved, not built yet")
     flag("--compile", **on, help="reserved, not built yet")
 
     flag = parser.add_argument_group("optimizer, AdamW").add_argument
@@ -148,13 +152,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--checkpointing_steps", type=count, default=500, help="updates between checkpoints")
     flag("--checkpoints_total_limit", type=count, help="how many of the newest checkpoints to keep")
     flag("--resume_from_checkpoint", help="'latest' or a checkpoint's path")
-    flag("--validation_prompts", nargs="+", help="captions to draw while training and at the end")
-    flag("--validation_epochs", type=count, default=5, help="epochs between such drawings")
+    flag("--validation_prompts", nargs="+", help="captions to draw before, while and after training")
+    flag("--validation_epochs", type=count, default=5, help="epochs between validations")
+    flag("--validation_steps", type=count, help="updates between validations, instead of epochs")
     flag("--logging_dir", default="logs", help="the trackers' folder under --output_dir")
     flag("--report_to", default="tensorboard", help="trackers by comma: tensorboard, wandb, comet_ml, ..., all, none")
     flag("--tracker_project_name", default="text2image-fine-tune")
     flag("--push_to_hub", **on, help="upload the result at the end")
     flag("--hub_model_id", help="the repo to upload to; by default the name of --output_dir")
+    flag("--hub_private_repo", **on, help="make the repo a private one, if there is none yet")
     flag("--hub_token", help="goes to the Hub only; safer is `hf auth login`")
     flag("--local_rank", type=int, default=-1, help="unused: Accelerate reads the environment")
 
@@ -163,20 +169,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --dataset_name (a data set on the Hub) or --train_data_dir (a folder)")
     if (args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None):
         parser.error("--lr_scheduler=piecewise_constant and --lr_step_rules need each other")
-    if args.cache_latents or args.compile:
-        parser.error("--cache_latents and --compile are not built yet: leave them out")
+    if args.cache_latents and (args.random_crop or args.random_flip):
+        parser.error("--random_crop and --random_flip make other latents each time: leave out --cache_latents")
+    if args.compile:
+        parser.error("--compile is not built yet: leave it out")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`")
     available = [str(tracker) for tracker in get_available_trackers()]
-    for name in tracker_names(args.report_to):
-        if name not in [*available, "all"]:
+    for name in args.report_to.split(","):
+        if name not in [*available, "all", "none"]:
             parser.error(f"--report_to={name} is not installed; there is {', '.join(available)}, all and none")
     return args
 
 
-def tracker_names(report_to: str) -> list[str]:
-    """`--report_to` as a list; `none` is the empty one."""
-    return [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+def recipe_of(args: argparse.Namespace) -> str:
+    """What was set, for all to see: without the token, and without what only means something on this machine."""
+    hidden = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir", "dataloader_num_workers", "local_rank")
+    told = {name: v for name, v in vars(args).items() if name not in hidden and v is not None and v is not False}
+    return " ".join(f"--{name}={value}" for name, value in told.items() if not os.path.exists(str(value)))
 
 
 @contextmanager
@@ -185,122 +195,32 @@ def blaming(flag: str, value):
     try:
         yield
     except Exception as error:
+        while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+            error = error.__cause__  # which hides, for instance, a full disk
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise SystemExit(f"{flag}={value}: {type(error).__name__}: {reason[:300]}") from None
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise SystemExit(f"{flag}={value}: {kind}{reason[:300]}") from None
 
 
 # ----------------------------------------------------------------------------------------------------- data
-PICTURE_SUFFIXES = frozenset(Image.registered_extensions())
-
-
-def load_splits(source: str, args: argparse.Namespace) -> dict:
-    """The splits of a data set on the Hub or in a folder, of whatever kind its files are."""
-    folder = Path(source)
-    if (folder / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(folder)
-    if (folder / "state.json").is_file():
-        return {"train": datasets.load_from_disk(folder)}
-    if not folder.is_dir() or (args.dataset_name and (folder / "README.md").is_file()):  # on the Hub, or from there
-        return datasets.load_dataset(source, args.dataset_config_name, cache_dir=args.cache_dir)
-    suffixes = {path.suffix.lower() for path in folder.rglob("*")}
-    here = escape(str(folder.resolve()))  # `datasets` takes [brackets] in a folder's name for a pattern
-    for kind in ("parquet", "arrow"):
-        if f".{kind}" in suffixes:
-            return datasets.load_dataset(kind, data_dir=here, cache_dir=args.cache_dir)
-    if not suffixes & PICTURE_SUFFIXES:
-        raise ValueError("there are no pictures, Parquet or Arrow files in it")
-    # Named here, since `datasets` would take a picture called test.jpg for a split.
-    found = [name for name in ("train", "validation", "test") if (folder / name).is_dir()]
-    files = {name: f"{here}/{name}/**" for name in found} or {"train": f"{here}/**"}
-    return datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
-
-
 def load_train_dataset(args: argparse.Namespace, seed: int) -> datasets.Dataset:
     """The rows to train on, their pictures still encoded, so that reading a row cannot fail on a broken picture."""
-    flag, source = "--dataset_name", args.dataset_name
-    if source is None:
-        flag, source = "--train_data_dir", args.train_data_dir
-        if not Path(source).is_dir():
-            raise SystemExit(f"{flag}={source}: there is no such folder")
-    elif args.train_data_dir is not None:
-        logger.warning(f"--train_data_dir={args.train_data_dir} is not used: --dataset_name is given too")
-    with blaming(flag, source):
-        splits = load_splits(source, args)
-    if "train" not in splits or not len(splits["train"]):
-        raise SystemExit(f"{flag}={source}: no rows in a split named train; there is {', '.join(splits)}")
-
-    dataset, columns = splits["train"], {"--image_column": args.image_column, "--caption_column": args.caption_column}
-    for flag, column in columns.items():
-        if column not in dataset.column_names:
-            raise SystemExit(f"{flag}={column}: {source} has no such column, only {', '.join(dataset.column_names)}")
-    feature = dataset.features[args.image_column]
-    encoded = {"bytes", "path"} <= feature.keys() if isinstance(feature, dict) else "binary" in str(feature)
-    if not encoded and not isinstance(feature, datasets.Image):
-        raise SystemExit(f"--image_column={args.image_column} holds {feature}, not pictures: cast it to Image")
+    name, folder = args.dataset_name, args.train_data_dir
+    if name is not None and folder is not None:
+        logger.warning(f"--train_data_dir={folder} is not used: --dataset_name is given too")
+    with blaming("--train_data_dir" if name is None else "--dataset_name", folder if name is None else name):
+        if name is None and not Path(folder).is_dir():
+            raise ValueError("there is no such folder")
+        dataset = encoding.load_split("train", name or folder, args.dataset_config_name, args.cache_dir, name is None)
     with blaming("--image_column", args.image_column):
-        dataset = dataset.select_columns(list({*columns.values()}))
-        dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+        dataset = encoding.keep_encoded(dataset, args.image_column)
+    with blaming("--caption_column", args.caption_column):
+        dataset = dataset.select_columns(list({args.image_column, encoding.find_column(dataset, args.caption_column)}))
     if args.max_train_samples is not None:
         if args.max_train_samples > len(dataset):
             logger.warning(f"--max_train_samples={args.max_train_samples}: all {len(dataset)} rows are used")
         dataset = dataset.shuffle(seed=seed).select(range(min(args.max_train_samples, len(dataset))))
     return dataset
-
-
-def check_inside(value: dict, args: argparse.Namespace):
-    """Raises ValueError if a row's picture is a file outside the data set's folder (or the caches, for the Hub's)."""
-    folders = [args.train_data_dir] if args.dataset_name is None else [args.dataset_name, args.cache_dir, *CACHES]
-    path = (value or {}).get("path")
-    if path and not value["bytes"] and "://" not in path:
-        inside = (Path(path).absolute().is_relative_to(Path(folder).resolve()) for folder in folders if folder)
-        if ".." in Path(path).parts or not any(inside):
-            raise ValueError(f"the picture ({path}) lies outside the data set's folder")
-
-
-def draw_seed(*key) -> int:
-    """A seed for one thing, well mixed from what names it: draw_seed(seed, "epoch", 3)."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, rows: int) -> torch.Tensor:
-    """The order of the rows in an epoch: (rows,) int64."""
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(draw_seed(seed, "epoch", epoch)))
-
-
-class TrainSamples(torch.utils.data.Dataset):
-    """The endless stream of samples, epoch after epoch, of which any position can be read at once.
-
-    Sample number `position` is row `epoch_order(...)[position % rows]` of epoch `position // rows`, and all that is
-    drawn for it follows from (seed, position). So resuming is reading on from a position: nothing is skipped.
-    A row that cannot be read becomes {"problem": text}, or with `skip_bad_rows` another row drawn in its place.
-    """
-
-    def __init__(self, rows: datasets.Dataset, preprocess, seed: int, skip_bad_rows: bool):
-        self.rows, self.preprocess, self.seed, self.skip_bad_rows = rows, preprocess, seed, skip_bad_rows
-
-    def __getitem__(self, position: int) -> dict:
-        epoch, place = divmod(position, len(self.rows))
-        row = int(epoch_order(self.seed, epoch, len(self.rows))[place])
-        draw = random.Random(draw_seed(self.seed, "sample", position))
-        bad_rows = {}
-        for _ in range(BAD_ROWS_IN_A_ROW):
-            try:
-                return self.preprocess(self.rows[row], draw) | {"row": row, "bad_rows": bad_rows}
-            except Exception as error:  # a decoder may raise anything
-                bad_rows[row] = f"row {row} of the {len(self.rows)} used: {error}"
-                if not self.skip_bad_rows:
-                    return {"problem": f"{bad_rows[row]}; mend it, or leave such rows out with --skip_bad_rows"}
-                row = draw.randrange(len(self.rows))
-        return {"problem": f"{BAD_ROWS_IN_A_ROW} rows in a row cannot be read, the last: {bad_rows.popitem()[1]}"}
-
-
-def micro_batches(first_step: int, last_step: int, plan: dict, rank: int) -> Iterator[range]:
-    """The positions of each of this rank's micro-batches for the updates [first_step, last_step)."""
-    size, share = plan["train_batch_size"], plan["train_batch_size"] * plan["processes"]
-    update = share * plan["gradient_accumulation_steps"]
-    starts = range(first_step * update + rank * size, last_step * update, share)
-    return (range(start, start + size) for start in starts)
 
 
 def tokenize_captions(captions: list[str], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,27 +229,25 @@ def tokenize_captions(captions: list[str], tokenizer) -> tuple[torch.Tensor, tor
     return inputs.input_ids, inputs.attention_mask.bool()
 
 
-def pick_caption(row: dict, draw: random.Random, args: argparse.Namespace) -> str:
-    """The row's caption, one drawn from a list of them, or the empty one. Raises ValueError if there is no text."""
-    captions = row[args.caption_column]
-    choices = [captions] if isinstance(captions, str) else captions
-    if not isinstance(choices, (list, tuple)) or not choices or not all(isinstance(c, str) for c in choices):
-        file = (row[args.image_column] or {}).get("path") or "no file name"
-        raise ValueError(f"the caption is {captions!r}, not a string or a list of strings (picture: {file})")
-    caption = draw.choice(choices)
-    return "" if draw.random() < args.caption_dropout else caption
+def read_row(row: dict, args: argparse.Namespace, draw: random.Random | None = None) -> tuple[torch.Tensor, list[str]]:
+    """A row's pixels, (3, resolution, resolution), normalised for the encoder, and its captions.
+
+    Take whatever is random from `draw`, seeded for the sample, so that a resumed run draws the same; without `draw`
+    nothing may be random. Raises ValueError if the row cannot be read."""
+    captions = encoding.check_captions(row[args.caption_column], row[args.image_column])
+    folders = [args.train_data_dir] if args.dataset_name is None else [args.dataset_name, args.cache_dir, *CACHES]
+    image = encoding.decode_picture(row[args.image_column], [Path(folder) for folder in folders if folder])
+    image = encoding.crop_square(image, args.resolution, draw if args.random_crop else None)
+    if args.random_flip and draw.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return encoding.normalize_pixels(image), captions
 
 
 def preprocess_train(row: dict, draw: random.Random, tokenizer, args: argparse.Namespace) -> dict:
-    """A row of the data set as tensors: pixels (3, resolution, resolution), normalised for the encoder; tokens (77,).
-
-    Take whatever is random from `draw`, which is seeded for the sample, so that a resumed run draws the same.
-    """
-    caption = pick_caption(row, draw, args)
-    check_inside(row[args.image_column], args)
-    image = center_square(decode_picture(row[args.image_column]), args.resolution)
+    """A row of the data set as tensors: pixels as `read_row` gives them, tokens and mask (77,) of one caption."""
+    pixels, captions = read_row(row, args, draw)
+    caption = encoding.pick_caption(captions, draw, args.caption_dropout, empty="")
     (text_input_ids,), (text_mask,) = tokenize_captions([caption], tokenizer)
-    pixels = normalize_pixels(image)
     return {"effnet_pixel_values": pixels, "text_input_ids": text_input_ids, "text_mask": text_mask}
 
 
@@ -338,22 +256,11 @@ def collate_fn(examples: list[dict]) -> dict:
     problems = [example["problem"] for example in examples if "problem" in example]
     if problems:
         return {"problem": problems[0]}
-    tensors = ("effnet_pixel_values", "text_input_ids", "text_mask")
+    tensors = [name for name, value in examples[0].items() if torch.is_tensor(value)]
     batch = {name: torch.stack([example[name] for example in examples]) for name in tensors}
     batch["rows"] = [example["row"] for example in examples]
     batch["bad_rows"] = {row: text for example in examples for row, text in example["bad_rows"].items()}
     return batch
-
-
-def next_batch(batches, device: torch.device, bad_rows: set) -> dict:
-    """The next micro-batch, on the device; rows that were left out are named once and noted in `bad_rows`."""
-    batch = next(batches)
-    if "problem" in batch:
-        raise SystemExit(batch["problem"])
-    for row in batch["bad_rows"].keys() - bad_rows:
-        logger.warning(f"Left out: {batch['bad_rows'][row]}", main_process_only=False)
-    bad_rows.update(batch["bad_rows"])
-    return {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in batch.items()}
 
 
 # --------------------------------------------------------------------------------------------------- models
@@ -366,21 +273,20 @@ def deepspeed_zero_init_disabled_context_manager():
 def load_models(args: argparse.Namespace, checkpoint: Path | None, weight_dtype: torch.dtype) -> tuple:
     """The tokenizer, both frozen encoders in `weight_dtype`, and the prior, pretrained or the checkpoint's."""
     source, cache_dir = args.pretrained_prior_model_name_or_path, args.cache_dir
-    with deepspeed_zero_init_disabled_context_manager():
-        with blaming("--pretrained_prior_model_name_or_path", source):
+    with blaming("--pretrained_prior_model_name_or_path", source):
+        with deepspeed_zero_init_disabled_context_manager():
             tokenizer = CLIPTokenizerFast.from_pretrained(source, subfolder="tokenizer", cache_dir=cache_dir)
             text_encoder = load_text_encoder(args, weight_dtype).requires_grad_(False).eval()
-        with blaming("--pretrained_image_encoder_name_or_path", args.pretrained_image_encoder_name_or_path):
-            image_encoder = EfficientNetEncoder.load(args.pretrained_image_encoder_name_or_path, cache_dir)
-            image_encoder.requires_grad_(False).eval().to(weight_dtype)
-    with blaming("--pretrained_prior_model_name_or_path", source):
         prior = wuerstchen.WuerstchenPrior.from_pretrained(
             checkpoint or source, subfolder="prior", torch_dtype=torch.float32, cache_dir=cache_dir
         )
         given, taken = text_encoder.config.hidden_size, prior.config.c_cond
         if given != taken:
             raise ValueError(f"its text encoder gives {given} features, but its prior takes c_cond={taken}")
-    with blaming("--pretrained_image_encoder_name_or_path", args.pretrained_image_encoder_name_or_path):
+    source = args.pretrained_image_encoder_name_or_path
+    with blaming("--pretrained_image_encoder_name_or_path", source), deepspeed_zero_init_disabled_context_manager():
+        image_encoder = encoding.EfficientNetEncoder.load(source, cache_dir)
+        image_encoder.requires_grad_(False).eval().to(weight_dtype)
         given, taken = image_encoder.config.c_latent, prior.config.c_in
         if given != taken:
             raise ValueError(f"it gives c_latent={given} channels, but the prior takes c_in={taken}")
@@ -396,23 +302,53 @@ def load_text_encoder(args: argparse.Namespace, dtype: torch.dtype) -> CLIPTextM
     return CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype, cache_dir=args.cache_dir)
 
 
+def embed_tokens(text_input_ids: torch.Tensor, text_mask: torch.Tensor, text_encoder: CLIPTextModel) -> torch.Tensor:
+    """Embeddings of tokenized captions, (B, 77, width): the text encoder's last hidden state."""
+    device = text_encoder.device
+    return text_encoder(text_input_ids.to(device), attention_mask=text_mask.to(device)).last_hidden_state
+
+
+def encode_batch(text_encoder, image_encoder, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions as embeddings, (B, 77, width), and pictures as the encoder's raw latents, (B, 16, side/32, side/32)."""
+    pixels = batch["effnet_pixel_values"].to(image_encoder.device, image_encoder.dtype)
+    return embed_tokens(batch["text_input_ids"], batch["text_mask"], text_encoder), image_encoder(pixels)
+
+
+def cache_encodings(accelerator, dataset, tokenizer, text_encoder, image_encoder, args) -> datasets.Dataset:
+    """The rows as what both encoders give for their pictures and for each of their captions, from disk."""
+    # It is found again by all that its content follows from.
+    settings = (args.image_column, args.caption_column, args.resolution, text_encoder.dtype)
+    code = (read_row, tokenize_captions, *encoding.READING, tokenizer.backend_tokenizer.to_str())
+    key = encoding.fingerprint(dataset._fingerprint, settings, text_encoder, image_encoder, *code)
+    steps = {"read": functools.partial(read_row, args=args), "key": key, "num_workers": args.dataloader_num_workers}
+    steps["tokenize"] = functools.partial(tokenize_captions, tokenizer=tokenizer)
+    steps["encode"] = functools.partial(encode_batch, text_encoder, image_encoder)
+    with blaming("--cache_latents: --cache_dir", args.cache_dir or datasets.config.HF_DATASETS_CACHE):
+        return encoding.encode_once(accelerator, dataset, args.cache_dir, args.skip_bad_rows, **steps)
+
+
 def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
     """AdamW over all of the prior, fused where the device has it."""
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_cls
     else:
-        optimizer_cls = functools.partial(torch.optim.AdamW, fused=device.type in FUSED_ADAMW_DEVICES)
-    return optimizer_cls(
-        prior.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+        optimizer_cls = functools.partial(torch.optim.AdamW, fused=device.type in ("cuda", "cpu", "mps", "xpu"))
+    settings = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
+    return optimizer_cls(prior.parameters(), lr=args.learning_rate, eps=args.adam_epsilon, **settings)
 
 
-def p2_weight(noise_scheduler: DDPMWuerstchenScheduler, timesteps: torch.Tensor) -> torch.Tensor:
-    """1 / (1 + SNR) = 1 - alpha_bar(t), (B,): P2 weighting (arXiv:2204.00227) with k = gamma = 1, Würstchen's."""
+def draw_timesteps(count: int, sampling: str, device: torch.device) -> torch.Tensor:
+    """Timesteps for `count` samples, (count,) float32: uniform in [0, 1), or as train_stage_C.py of dome272/Wuerstchen
+    drew them: (1 - u) * 1.08 + 0.001, clamped to [0.001, 1], so that 7.5 % are 1, where all sampling begins."""
+    u = torch.rand(count, device=device)
+    return u if sampling == "uniform" else ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
+
+
+def loss_weights(weighting: str, noise_scheduler: DDPMWuerstchenScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """The weight of each sample's loss, (B,): 1, or P2 weighting (arXiv:2204.00227) with k = gamma = 1, Würstchen's,
+    which is 1 / (1 + SNR) = 1 - alpha_bar(t)."""
+    if weighting == "none":
+        return torch.ones_like(timesteps)
     deviation = noise_scheduler.add_noise(torch.zeros_like(timesteps), torch.ones_like(timesteps), timesteps)
     return deviation**2
 
@@ -426,6 +362,22 @@ def make_ema(args, prior: torch.nn.Module, checkpoint: Path | None) -> EMAModel:
     return EMAModel.from_pretrained(checkpoint / "prior_ema", type(prior), foreach=True)
 
 
+@contextmanager
+def averaged_weights(accelerator: Accelerator, prior: torch.nn.Module, ema_prior: EMAModel | None, use_ema: bool):
+    """Within it, the prior of every rank holds the average of its weights, which the first rank keeps, if any does."""
+    kept = [parameter.detach().cpu().clone() for parameter in prior.parameters()] if use_ema else []
+    if ema_prior is not None:
+        ema_prior.copy_to(prior.parameters())
+    pairs = list(zip(prior.parameters(), kept, strict=use_ema))
+    for parameter, _ in pairs:
+        accelerate.utils.broadcast(parameter.data)
+    try:
+        yield
+    finally:
+        for parameter, value in pairs:
+            parameter.data.copy_(value)
+
+
 def read_numbers(accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, signals: list) -> tuple[float, float, bool]:
     """The loss, averaged over the ranks, the gradient's norm, and whether a rank was told to stop: one transfer."""
     shared = accelerator.reduce(torch.stack([loss, torch.full_like(loss, len(signals))]), "mean")
@@ -434,54 +386,13 @@ def read_numbers(accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, signa
 
 
 def refuse_broken_numbers(accelerator, output_dir: Path, update: int, loss: float, grad_norm: float, drawn: dict):
-    """Ends the run before a loss or gradient that is not finite reaches the weights, and says what was `drawn`.
-
-    With fp16 an overflow is normal: the scaler leaves the update out and halves its scale, until there is none left.
-    """
+    """Ends the run before a loss or gradient that is not finite reaches the weights, saying what was `drawn`. In fp16
+    an overflow is normal: the scaler leaves the update out and halves its scale, until there is none left."""
     scaler = accelerator.scaler
     if scaler.get_scale() < SMALLEST_SCALE if scaler else not math.isfinite(loss + grad_norm):
         good = ", ".join(path.name for path in checkpoints_in(output_dir)[-1:]) or "there is none"
         facts = f"loss {loss}, gradient norm {grad_norm}, {drawn}; the last good checkpoint: {good}"
         raise SystemExit(f"stopped before update {update}: " + " ".join(facts.split()))
-
-
-@contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Within it, SIGTERM and SIGINT are put into the list, for the loop to look at; a second one ends the process."""
-    received = []
-
-    def note(number, frame):
-        if received:
-            os._exit(128 + number)
-        received.append(number)
-        os.write(2, b"\nStopping after this update; another signal stops at once.\n")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def ignore_signals(worker: int):
-    """Leaves stopping to the main process: terminals and schedulers signal every process of a job."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def averaged_weights(prior: torch.nn.Module, ema_prior: EMAModel | None):
-    """Within it, the prior holds the average of its weights, if one is kept."""
-    if ema_prior is None:
-        yield
-        return
-    ema_prior.store(prior.parameters())
-    ema_prior.copy_to(prior.parameters())
-    try:
-        yield
-    finally:
-        ema_prior.restore(prior.parameters())
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -547,18 +458,15 @@ def register_checkpoint_hooks(accelerator: Accelerator, ema_prior: EMAModel | No
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict, limit: int | None):
-    """Writes checkpoint-N aside, flushes it, renames it in one step, and only then deletes what is over the limit.
-
-    A full disk costs this checkpoint, not the run: the older ones stay, and the run goes on.
-    """
-    final = output_dir / f"checkpoint-{state['global_step']}"
+    """Writes checkpoint-N aside, flushes it, renames it in one step, and only then deletes what is over the limit. A
+    full disk costs this checkpoint, not the run: the older ones stay, and the run goes on."""
+    final, problem = output_dir / f"checkpoint-{state['global_step']}", ""
     aside = output_dir / f".{final.name}"
-    problem = None
     try:
         accelerator.save_state(str(aside))  # every rank: each has a random state, and perhaps a shard, of its own
     except Exception as error:
-        problem = error
-    problems = [text for text in gather_object([problem and str(problem)]) if text]
+        problem = str(error) or type(error).__name__
+    problems = [text for text in accelerate.utils.gather_object([problem]) if text]
     if accelerator.is_main_process:
         try:
             if problems:
@@ -586,164 +494,210 @@ def flush_to_disk(path: Path):
 
 
 # ----------------------------------------------------------------------------------------------- validation
-def load_pipeline(args, prior, text_encoder, tokenizer, scheduler, dtype: torch.dtype):
-    """The whole text-to-picture pipeline: these parts for the latents, the decoder of `args` in `dtype`."""
+def load_decoder(args: argparse.Namespace, dtype: torch.dtype):
+    """The pipeline that draws pictures from the prior's latents."""
     source = args.pretrained_decoder_model_name_or_path
-    decoder = wuerstchen.WuerstchenDecoderPipeline.from_pretrained(source, torch_dtype=dtype, cache_dir=args.cache_dir)
-    return wuerstchen.WuerstchenCombinedPipeline(
-        **decoder.components,
-        prior_prior=prior,
-        prior_text_encoder=text_encoder,
-        prior_tokenizer=tokenizer,
-        prior_scheduler=scheduler,
-    )
+    return wuerstchen.WuerstchenDecoderPipeline.from_pretrained(source, torch_dtype=dtype, cache_dir=args.cache_dir)
 
 
-def check_decoder(args: argparse.Namespace):
-    """Reads the decoder's index, so that a wrong name does not come to light when the training is done."""
-    source = args.pretrained_decoder_model_name_or_path
-    with blaming("--pretrained_decoder_model_name_or_path", source):
-        index = wuerstchen.WuerstchenDecoderPipeline.load_config(source, cache_dir=args.cache_dir)
-        if not {"decoder", "vqgan"} <= index.keys():
-            raise ValueError("its model_index.json is not that of a Würstchen decoder")
-
-
-def picture_size(pipeline, resolution: int) -> int:
-    """Pixels a side of the picture that latents trained at `resolution` stand for.
-
-    An encoder input of 768 pixels gives 24 latents a side, which the pipeline draws as 1024 pixels. The decoder halves
-    its own latents, `latent_dim_scale` times as many, level by level, so only some numbers can be drawn: the nearest.
-    """
-    trained = math.ceil(resolution / ENCODER_STRIDE)
-    config = pipeline.decoder.config
-    divisor = config.patch_size * 2 ** (len(config.c_hidden) - 1)
-    scale = pipeline.decoder_pipe.config.latent_dim_scale
-    sides = [side for side in range(1, trained + 2 * divisor) if int(side * scale) % divisor == 0]
-    nearest = min(sides, key=lambda side: abs(side - trained))
-    return int(nearest * pipeline.prior_pipe.config.resolution_multiple)
-
-
-def log_validation(accelerator, args, parts: dict, seed: int, global_step: int) -> list:
-    """Draws the validation prompts, the same noise every time, and hands the pictures to trackers and `samples/`.
-
-    Sampling is done in float32 (under autocast): the pipeline takes its dtype from the text encoder, and in half
-    precision the prior would see other timesteps than it was trained on. What fails here never ends a run: it
-    returns the pictures in the order of the prompts, or none.
-    """
-    logger.info(f"Drawing {len(args.validation_prompts)} validation pictures")
-    weight_dtype = parts["text_encoder"].dtype
-    parts["prior"].eval()
-    pipeline = None
+@torch.no_grad()
+def draw_pictures(run: SimpleNamespace, global_step: int) -> list[Image.Image]:
+    """The validation prompts as pictures, shared out among the ranks, the same noise every time; [] if one fails."""
+    pictures, failures, device, main = [], [], run.accelerator.device, run.accelerator.is_main_process
     try:
-        parts["text_encoder"].float()
-        pipeline = load_pipeline(args, **parts, dtype=weight_dtype)
-        pipeline.to(accelerator.device)
+        # It takes its dtype from the text encoder, for which the prior stands in: in half precision the prior would
+        # see other timesteps than it was trained on. The text encoder is not needed, and may have left the device.
+        pipeline = wuerstchen.WuerstchenPriorPipeline(None, run.prior, run.prior, run.noise_scheduler)
+        run.decoder = (run.decoder or load_decoder(run.args, run.empty_embeds.dtype)).to(device)
         pipeline.set_progress_bar_config(disable=True)
-        size = picture_size(pipeline, args.resolution)
-        pictures = []
-        for prompt in tqdm(args.validation_prompts, desc="Validation", unit="picture", leave=False):
-            with accelerator.autocast():
-                pictures += pipeline(
-                    prompt,
-                    height=size,
-                    width=size,
-                    prior_timesteps=wuerstchen.DEFAULT_STAGE_C_TIMESTEPS,
-                    generator=torch.Generator().manual_seed(seed),
-                ).images
-        log_pictures(accelerator, args.validation_prompts, pictures, global_step)
-        samples = Path(args.output_dir, "samples")
+        run.decoder.set_progress_bar_config(disable=True)
+        size = encoding.picture_size(run.decoder, run.args.resolution)
+        settings = {"height": size, "width": size, "timesteps": wuerstchen.DEFAULT_STAGE_C_TIMESTEPS}
+        settings |= {"guidance_scale": GUIDANCE_SCALE, "negative_prompt_embeds": run.empty_embeds}
+        prompts = list(zip(run.args.validation_prompts, run.prompt_embeds, strict=True))
+        with run.accelerator.split_between_processes(prompts) as mine, run.accelerator.autocast():
+            for prompt, embeds in tqdm(mine, "Drawing", leave=False, disable=not main):
+                draw = torch.Generator().manual_seed(run.seed)
+                latents = pipeline(prompt_embeds=embeds, generator=draw, **settings).image_embeddings
+                pictures += run.decoder(latents, prompt, guidance_scale=0.0, generator=draw).images
+    except Exception as error:  # it must not end a run
+        advice = " (a smaller --train_batch_size leaves more memory)" if "out of memory" in str(error) else ""
+        failures.append(f"{type(error).__name__}: {error}{advice}")
+    if run.decoder is not None and device.type != "cpu":
+        run.decoder.to("cpu")
+        torch.cuda.empty_cache()
+    pictures, failures = accelerate.utils.gather_object(pictures), accelerate.utils.gather_object(failures)
+    if failures:
+        logger.warning(f"No validation pictures at update {global_step}: {failures[0]}")
+    return [] if failures else pictures
+
+
+@torch.no_grad()
+def held_out_loss(run: SimpleNamespace) -> dict[str, float]:
+    """The mean loss of the held-out rows, over all and for each band of timesteps. The draws are always the same: a
+    row's noise follows from its number, and the rows' timesteps divide [0, 1) evenly."""
+    device, rows, bad_rows = run.accelerator.device, len(run.held_out.dataset.rows), set()
+    sums = torch.zeros(2, LOSS_BANDS, device=device)  # of losses and of samples
+    batches = iter(tqdm(run.held_out, "Held-out loss", leave=False, disable=not run.accelerator.is_main_process))
+    for _ in range(len(run.held_out)):
+        batch = encoding.next_batch(batches, device, bad_rows)
+        prompt_embeds, latents = run.encode(batch)
+        image_embeds = (latents.float() + LATENT_STD) / LATENT_MEAN
+        draws = [torch.Generator().manual_seed(encoding.draw_seed(run.seed, "held out", row)) for row in batch["rows"]]
+        noise = torch.stack([torch.randn(image_embeds.shape[1:], generator=draw) for draw in draws]).to(device)
+        timesteps = (torch.tensor(batch["rows"], device=device) + 0.5) / rows
+        noisy_latents = run.noise_scheduler.add_noise(image_embeds, noise, timesteps)
+        with run.accelerator.autocast():
+            pred_noise = run.prior(noisy_latents, timesteps, prompt_embeds)
+        losses = F.mse_loss(pred_noise.float(), noise, reduction="none").mean(dim=(1, 2, 3))
+        losses = losses * loss_weights(run.args.loss_weighting, run.noise_scheduler, timesteps)
+        sums.index_add_(1, (timesteps * LOSS_BANDS).long(), torch.stack([losses, torch.ones_like(losses)]))
+    losses, samples = run.accelerator.reduce(sums, "sum").tolist()
+    bands = {f"val_loss_t{b / LOSS_BANDS}": losses[b] / samples[b] for b in range(LOSS_BANDS) if samples[b]}
+    return {"val_loss": sum(losses) / sum(samples)} | bands
+
+
+def log_validation(run: SimpleNamespace, global_step: int):
+    """Draws the prompts and measures the held-out loss, with the averaged weights if there are any, and without
+    dropout. It touches nothing that training draws from."""
+    if run.prompt_embeds or run.held_out:
+        run.prior.eval()
+        with averaged_weights(run.accelerator, run.prior, run.ema_prior, run.args.use_ema):
+            pictures = draw_pictures(run, global_step) if run.prompt_embeds else []
+            log_numbers(run.accelerator, held_out_loss(run) if run.held_out else {}, global_step)
+        run.prior.train()
+        if run.accelerator.is_main_process:
+            log_pictures(run.accelerator, run.args, pictures, global_step)
+    if run.accelerator.is_main_process:
+        draw_curve(Path(run.args.output_dir))
+
+
+def log_numbers(accelerator: Accelerator, numbers: dict[str, float], global_step: int):
+    """Hands numbers to the trackers, and appends them to loss.jsonl, a line an update."""
+    accelerator.log(numbers, step=global_step)
+    if accelerator.is_main_process and numbers:
+        with open(Path(accelerator.project_dir, "loss.jsonl"), "a") as file:
+            file.write(json.dumps({"update": global_step} | numbers) + "\n")
+
+
+def read_losses(output_dir: Path) -> list[dict[str, float]]:
+    """The lines of loss.jsonl; none if there is no such file."""
+    file = output_dir / "loss.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def forget_what_follows(output_dir: Path, global_step: int):
+    """Takes out of loss.jsonl and samples/ what a run that goes on after update `global_step` will write again."""
+    rows = [row for row in read_losses(output_dir) if row["update"] <= global_step]
+    (output_dir / "loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file in (output_dir / "samples").glob("update-*.png"):
+        if int(file.name.split("-")[1]) > global_step:
+            file.unlink()
+
+
+def log_pictures(accelerator: Accelerator, args, pictures: list[Image.Image], global_step: int):
+    """Shows pictures and their prompts in each tracker and in samples/. A tracker more is a branch more."""
+    prompts, samples = args.validation_prompts or [], Path(args.output_dir, "samples")
+    for index, picture in enumerate(pictures):
         samples.mkdir(exist_ok=True)
-        for index, picture in enumerate(pictures):
-            picture.save(samples / f"update-{global_step:07d}-prompt-{index}.png")
-        return pictures
-    except Exception as error:
-        logger.warning(f"No validation pictures at update {global_step}: {type(error).__name__}: {error}")
-        return []
-    finally:
-        del pipeline
-        parts["text_encoder"].to(weight_dtype)
-        parts["prior"].train()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def log_pictures(accelerator: Accelerator, prompts: list[str], pictures: list[Image.Image], global_step: int):
-    """Shows pictures and their prompts in each tracker; a tracker more is a branch more."""
-    for tracker in accelerator.trackers:
+        text = PngInfo()
+        text.add_itxt("prompt", prompts[index])
+        text.add_itxt("settings", f"{recipe_of(args)}, prior_guidance_scale={GUIDANCE_SCALE}")
+        picture.save(samples / f"update-{global_step:07d}-prompt-{index}.png", pnginfo=text)
+    if pictures:
+        encoding.contact_sheet(samples, prompts).save(samples / "contact-sheet.png")
+    for tracker in accelerator.trackers if pictures else []:
         if tracker.name == "tensorboard":
-            for index, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+            for index, picture in enumerate(pictures):
                 tracker.writer.add_image(f"validation/{index}", np.asarray(picture), global_step, dataformats="HWC")
-                tracker.writer.add_text(f"validation/{index}", prompt, global_step)
-        elif tracker.name == "wandb":
-            import wandb
-
-            named = [wandb.Image(picture, caption=prompt) for prompt, picture in zip(prompts, pictures, strict=True)]
-            tracker.log({"validation": named}, step=global_step)
+                tracker.writer.add_text(f"validation/{index}", prompts[index], global_step)
+        elif tracker.name in ("wandb", "trackio"):
+            to_image = importlib.import_module(tracker.name).Image
+            shown = [to_image(picture, caption=prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+            tracker.log({"validation": shown}, step=global_step)
+        elif tracker.name == "comet_ml":
+            for picture, prompt in zip(pictures, prompts, strict=True):
+                tracker.tracker.log_image(picture, name=prompt, step=global_step)
         else:
             logger.warning(f"{tracker.name} is not shown the validation pictures; they are in samples/")
 
 
+def draw_curve(output_dir: Path):
+    """loss.jsonl as a picture, loss.png: the training loss (grey), its running mean (blue), held-out loss (red)."""
+    rows, names = read_losses(output_dir), ("train_loss", "val_loss")
+    train, held_out = ([(row["update"], row[name]) for row in rows if name in row] for name in names)
+    means = train[:1]
+    for count, (update, loss) in enumerate(train[1:], 2):
+        means.append((update, means[-1][1] + (loss - means[-1][1]) * max(1 / count, 0.02)))
+    if not means + held_out:
+        return
+    last, top = max(1, train[-1][0] if train else 1), 1.2 * max(loss for _, loss in means + held_out)
+    plot = Image.new("RGB", (1000, 500), "white")
+    pen = ImageDraw.Draw(plot)
+    for points, colour, width in ((train, "lightgrey", 1), (means, "blue", 2), (held_out, "red", 3)):
+        pen.line([(60 + 920 * u / last, 470 - 450 * min(loss / top, 1)) for u, loss in points], colour, width)
+    for tick in range(6):
+        pen.text((4, 464 - 90 * tick), f"{top * tick / 5:.3g}", "black")
+        pen.text((60 + 180 * tick, 480), f"{last * tick / 5:.0f}", "black")
+    plot.save(output_dir / "loss.png")
+
+
 # ----------------------------------------------------------------------------------------------- publishing
-def save_part(part, folder: Path):
-    """Saves a part of a pipeline; of a tokenizer also vocab.json and merges.txt, which transformers 4 reads."""
-    part.save_pretrained(folder)
-    if isinstance(part, CLIPTokenizerFast):
-        part.backend_tokenizer.model.save(str(folder))
+def save_parts(parts: dict, folder: Path):
+    """Saves parts of a pipeline under their names; of a tokenizer also the files that transformers 4 reads."""
+    for name, part in parts.items():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        part.save_pretrained(folder / name)
+        if isinstance(part, CLIPTokenizerFast):
+            part.backend_tokenizer.model.save(str(folder / name))  # vocab.json and merges.txt
 
 
-def save_prior_pipeline(args, prior, tokenizer, noise_scheduler, output_dir: Path):
-    """Writes `prior_pipeline/`, the trained prior before anything that could fail is even loaded. All in float32."""
+def save_result(args, prior, tokenizer, noise_scheduler, output_dir: Path) -> int | None:
+    """Writes `prior_pipeline/`, the trained prior before anything that could fail is even loaded, and then the whole
+    pipeline at the root, all in float32. Gives the side in pixels of what it draws; None if the decoder is missing."""
     folder = output_dir / "prior_pipeline"
-    save_part(prior, folder / "prior")
-    text_encoder = load_text_encoder(args, torch.float32)  # anew: the one in use was rounded to half precision
-    pipeline = wuerstchen.WuerstchenPriorPipeline(
-        prior=prior, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=noise_scheduler
-    )
-    for name in ("text_encoder", "tokenizer", "scheduler"):
-        save_part(pipeline.components[name], folder / name)
-    pipeline.save_config(folder)  # model_index.json
-    return pipeline
-
-
-def save_pipeline(args, prior_pipeline, output_dir: Path):
-    """Writes the whole pipeline at the root of `output_dir`; `prior_pipeline/` is linked, not written again."""
-    pipeline = load_pipeline(args, **prior_pipeline.components, dtype=torch.float32)
-    for name, part in pipeline.components.items():
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-        if name.startswith("prior_"):
-            source = output_dir / "prior_pipeline" / name.removeprefix("prior_")
-            shutil.copytree(source, output_dir / name, copy_function=link_or_copy)
-        else:
-            save_part(part, output_dir / name)
-    pipeline.save_config(output_dir)
-
-
-def link_or_copy(source: str, target: str):
-    """A second name for a file, or a copy where the file system knows no hard links."""
+    with blaming("--output_dir", output_dir):
+        save_parts({"prior": prior}, folder)
+        text_encoder = load_text_encoder(args, torch.float32)  # anew: the one in use was rounded to half precision
+        parts = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": noise_scheduler}
+        save_parts(parts, folder)
+        parts["prior"] = prior
+        wuerstchen.WuerstchenPriorPipeline(**parts).save_config(folder)  # model_index.json
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        decoder = load_decoder(args, torch.float32)
+        save_parts(decoder.components, output_dir)
+        for name in parts:
+            target = output_dir / f"prior_{name}"
+            shutil.rmtree(target, ignore_errors=True)
+            try:  # a second name for the same files
+                shutil.copytree(folder / name, target, copy_function=os.link)
+            except OSError:  # the file system knows no hard links
+                shutil.copytree(folder / name, target, dirs_exist_ok=True)
+        named = {f"prior_{name}": part for name, part in parts.items()}
+        wuerstchen.WuerstchenCombinedPipeline(**decoder.components, **named).save_config(output_dir)
+        return encoding.picture_size(decoder, args.resolution)
+    except Exception as error:
+        logger.warning(f"{output_dir} will not load as a pipeline, only its prior_pipeline/: {error}")
 
 
-MODEL_CARD = """---
-{metadata}
----
-
+MODEL_CARD = """
 # {repo_id}
 
 The Würstchen prior **{base}**, fine-tuned on **{source}**.
 
-{pictures}
-## How to use it
+{pictures}## How to use it
 
 ```python
+import diffusers
 import torch
-from diffusers import AutoPipelineForText2Image
+
+if diffusers.__version__ >= "0.38":
+    from diffusers.pipelines.deprecated import wuerstchen
+    diffusers.pipelines.wuerstchen = wuerstchen
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-pipeline = AutoPipelineForText2Image.from_pretrained("{repo_id}", torch_dtype=dtype).to(device)
-image = pipeline({prompt}, width={size}, height={size}, prior_guidance_scale=4.0).images[0]
+pipeline = diffusers.AutoPipelineForText2Image.from_pretrained("{repo_id}", torch_dtype=dtype).to(device)
+image = pipeline({prompt}, width={size}, height={size}, prior_guidance_scale={guidance}).images[0]
 image.save("picture.png")
 ```
 
@@ -751,41 +705,63 @@ The weights are float32. The prior alone, with its text encoder, is the pipeline
 
 ## How it was trained
 
-For {updates} updates, with `{settings}`.
+For {updates} updates of {samples} samples, {epochs:.1f} epochs of {rows} rows, in {hours:.1f} hours on {processes} x
+{device}, with `{settings}`.
+
+![training loss](loss.png)
 """
 
 
-def save_model_card(args, repo_id: str, updates: int, pictures: list, output_dir: Path):
-    """Writes README.md: what was trained on what, pictures, and code that draws with the model."""
-    base, prompts = args.pretrained_prior_model_name_or_path, args.validation_prompts or ["a photo"]
-    on_hub = args.dataset_name is not None and not Path(args.dataset_name).exists()
+def save_model_card(args, repo_id: str, size: int | None, global_step: int, plan: dict, device: torch.device):
+    """Writes README.md: what was trained on what, for how long and how, pictures, and code that draws with it."""
+    output_dir, prompts = Path(args.output_dir), args.validation_prompts or []
+    base, data = args.pretrained_prior_model_name_or_path, args.dataset_name
+    on_hub = {name: name is not None and not Path(name).exists() for name in (base, data)}
+    licence = None
+    with suppress(Exception):  # there may be no card, or no Hub
+        licence = hub.ModelCard.load(base if on_hub[base] else Path(base, "README.md")).data.license
+    files, pictures = sorted((output_dir / "samples").glob(f"update-{global_step:07d}-*.png")), ""
+    if files:
+        grid = diffusers.utils.make_image_grid([Image.open(file) for file in files], rows=1, cols=len(files))
+        grid.save(output_dir / "grid.png")
+        pictures = "".join(f"* {prompt}\n" for prompt in prompts) + "\n![pictures](grid.png)\n\n"
     tags = ["wuerstchen", "text-to-image", "diffusers", "diffusers-training"]
-    metadata = ModelCardData(base_model=base, license="mit", library_name="diffusers", tags=tags)
-    metadata["pipeline_tag"] = "text-to-image"
-    if on_hub:
-        metadata["datasets"] = [args.dataset_name]
-    size, shown = 1024, ""
-    if pictures:
-        size, shown = pictures[0].width, "".join(f"* {prompt}\n" for prompt in prompts) + "\n![pictures](grid.png)\n"
-        diffusers.utils.make_image_grid(pictures, rows=1, cols=len(pictures)).save(output_dir / "grid.png")
-    told = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution")
-    settings = " ".join(f"--{name}={getattr(args, name)}" for name in told)
-    source, prompt = args.dataset_name if on_hub else "local pictures", json.dumps(prompts[0])
-    names = {"metadata": metadata.to_yaml(), "repo_id": repo_id, "base": base, "source": source, "pictures": shown}
-    card = MODEL_CARD.format(**names, prompt=prompt, size=size, updates=updates, settings=settings)
-    ModelCard(card).save(output_dir / "README.md")
+    fields = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, "license": licence}
+    fields |= {"base_model": base if on_hub[base] else None, "datasets": [data] if on_hub[data] else None}
+    shown = zip(prompts, files, strict=False)
+    widget = [{"text": text, "output": {"url": f"samples/{file.name}"}} for text, file in shown]
+    metadata = hub.ModelCardData(**fields, widget=widget or None)
+    samples = plan["train_batch_size"] * plan["gradient_accumulation_steps"] * plan["processes"]
+    rates = [row["images_per_second"] for row in read_losses(output_dir) if "images_per_second" in row]
+    facts = {"samples": samples, "epochs": global_step * samples / plan["rows"], "updates": global_step, "size": size}
+    facts["hours"] = sum(samples / rate for rate in rates) / 3600
+    facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    facts |= {
+        "settings": recipe_of(args),
+        "repo_id": repo_id,
+        "prompt": json.dumps((prompts or ["a photo"])[0]),
+        "guidance": GUIDANCE_SCALE,
+    }
+    facts |= {"base": base if on_hub[base] else Path(base).name, "source": data if on_hub[data] else "local pictures"}
+    card = MODEL_CARD.format(**plan | facts, pictures=pictures)
+    hub.ModelCard(f"---\n{metadata}\n---\n{card}").save(output_dir / "README.md")
 
 
-def push(args, repo_id: str, output_dir: Path):
-    """Uploads what a user of the model needs, and nothing else."""
-    wanted = ["README.md", "grid.png", "model_index.json", "prior_pipeline/*"]
-    wanted += [f"{path.parent.name}/*" for path in output_dir.glob("*/*config.json")]
-    what = {"repo_id": repo_id, "folder_path": output_dir, "allow_patterns": wanted}
-    try:
-        upload_folder(**what, commit_message="End of training", token=args.hub_token)
-    except Exception as error:
-        way = f"hf upload {repo_id} {output_dir} . --include " + " ".join(f"'{pattern}'" for pattern in wanted)
-        raise SystemExit(f"--push_to_hub: {error}\nAll of it is in {output_dir}; to push it later: {way}") from None
+def push(repo_id: str, output_dir: Path, global_step: int, token: str | None):
+    """Uploads what a user of the model needs, and nothing else; while the Hub is out of order, it tries again."""
+    wanted = ["README.md", "*.png", f"samples/update-{global_step:07d}-*", "model_index.json", "prior_pipeline/*"]
+    wanted += sorted(f"{path.parent.name}/*" for path in output_dir.glob("*/*config.json"))
+    what = {"repo_id": repo_id, "folder_path": output_dir, "allow_patterns": wanted, "token": token}
+    for wait in (*PUSH_WAITS, None):
+        try:
+            return hub.upload_folder(**what, commit_message="End of training")
+        except Exception as error:
+            problem, status = error, getattr(getattr(error, "response", None), "status_code", 500)
+        if wait is None or (400 <= status < 500 and status not in (408, 429)):
+            way = shlex.join(["hf", "upload", repo_id, str(output_dir), ".", "--include", *wanted])
+            raise SystemExit(f"--push_to_hub: {problem}\nAll of it is in {output_dir}; to push it later: {way}")
+        logger.warning(f"The upload failed ({type(problem).__name__}); it is tried again in {wait} seconds")
+        time.sleep(wait)
 
 
 # ----------------------------------------------------------------------------------------------------- main
@@ -793,12 +769,13 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Devices, precision and trackers, as `accelerate config`, the launcher and the flags say."""
     with blaming("--output_dir", args.output_dir):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    folders = accelerate.utils.ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir))
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=tracker_names(args.report_to) or None,
-        project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=VALIDATION_TIMEOUT)],
+        log_with=[name for name in args.report_to.split(",") if name != "none"] or None,
+        project_config=folders,
+        kwargs_handlers=[accelerate.utils.InitProcessGroupKwargs(timeout=VALIDATION_TIMEOUT)],
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
@@ -814,42 +791,76 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def check_destinations(args: argparse.Namespace, repo_id: str) -> str:
+    """Tries what the end will need: the decoder's name, and leave to write to the repo, of which it gives the id."""
+    source = args.pretrained_decoder_model_name_or_path
+    with blaming("--pretrained_decoder_model_name_or_path", source):
+        index = wuerstchen.WuerstchenDecoderPipeline.load_config(source, cache_dir=args.cache_dir)
+        if not {"decoder", "vqgan"} <= index.keys():
+            raise ValueError("its model_index.json is not that of a Würstchen decoder")
+    if args.push_to_hub:
+        with blaming("--push_to_hub: --hub_model_id", repo_id):
+            repo = hub.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token)
+            repo_id = repo.repo_id
+            # Asks how a file would be sent, which a token that may only read must not. Nothing is sent.
+            hub.preupload_lfs_files(repo_id, [hub.CommitOperationAdd("README.md", b"-")], token=args.hub_token)
+    return repo_id
+
+
+def plan_run(args, rows, captions: int, seed: int, ranks: int, checkpoint: Path | None, resumed: dict) -> dict:
+    """What decides which samples come when. Refuses to go on with a run that had another plan."""
+    plan = {"seed": seed, "rows": len(rows), "captions": captions, "processes": ranks}
+    plan |= {name: getattr(args, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
+    for name, value in resumed.items():
+        if plan[name] != value:
+            raise SystemExit(f"{checkpoint} cannot go on exactly: its run had {name}={value}, this one {plan[name]}")
+    return plan
+
+
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     if args.hub_token:  # wandb and comet record the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
     accelerator = make_accelerator(args)
     device, ranks, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    weight_dtype = torch.float32  # of the frozen models; the prior's own weights stay in float32
-    if accelerator.native_amp:
-        weight_dtype = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16} if accelerator.native_amp else {}
+    weight_dtype = half.get(accelerator.mixed_precision, torch.float32)  # of the frozen models; the prior's is float32
 
     # Where the run starts: anew, or at a checkpoint, whose seed goes on.
     output_dir = Path(args.output_dir)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     state = json.loads((checkpoint / STATE_FILE).read_text()) if checkpoint else {"global_step": 0, "plan": {}}
-    global_step = state["global_step"]
+    global_step, run_id = state["global_step"], state.get("run_id") or f"{random.getrandbits(40):010x}"
     seed = args.seed if args.seed is not None else state["plan"].get("seed", random.getrandbits(31))
-    (seed,) = broadcast_object_list([seed])
+    (seed,) = accelerate.utils.broadcast_object_list([seed])
     others = other_checkpoints(output_dir, checkpoint)
     if others and not args.overwrite_output_dir:
         ways = "--resume_from_checkpoint=latest goes on with it, --overwrite_output_dir deletes it"
         raise SystemExit(f"--output_dir={output_dir} holds {others[-1].name} of an earlier run: {ways}")
-
-    # What the end of the run will need is tried now.
     repo_id = args.hub_model_id or output_dir.resolve().name
     if accelerator.is_main_process:
-        check_decoder(args)
-        if args.push_to_hub:
-            with blaming("--hub_model_id", repo_id):
-                repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
+        repo_id = check_destinations(args, repo_id)
 
     # Data and models. The prior comes from the checkpoint if there is one.
     with accelerator.local_main_process_first():
         dataset = load_train_dataset(args, seed)
+    spread = range(0, len(dataset), math.ceil(len(dataset) / 1000))  # some captions tell one data set from another
+    captions = encoding.draw_seed(dataset.select_columns([args.caption_column])[spread])
     tokenizer, text_encoder, image_encoder, prior = load_models(args, checkpoint, weight_dtype)
-    text_encoder.to(device)
-    image_encoder.to(device)
+    encode = functools.partial(encode_batch, text_encoder.to(device), image_encoder.to(device))
+    preprocess = functools.partial(preprocess_train, tokenizer=tokenizer, args=args)
+    texts = ["", *(args.validation_prompts or [])]
+    embeds = [embed_tokens(*tokenize_captions([text], tokenizer), text_encoder) for text in texts]
+    if args.cache_latents:
+        dataset = cache_encodings(accelerator, dataset, tokenizer, text_encoder, image_encoder, args)
+        preprocess = functools.partial(encoding.read_cached, empty=embeds[0][0].cpu(), args=args)
+        encode = lambda batch: (batch["prompt_embeds"], batch["latents"])  # noqa: E731
+        text_encoder = image_encoder = None  # and so out of memory
+    held_out = None
+    if args.validation_split:
+        size = args.validation_split if args.validation_split < 1 else int(args.validation_split)
+        with blaming("--validation_split", args.validation_split):
+            dataset, held_out = dataset.train_test_split(size, seed=seed).values()
     noise_scheduler = DDPMWuerstchenScheduler()
     ema_prior = None
     if args.use_ema and accelerator.is_main_process:
@@ -857,27 +868,17 @@ def main(argv: list[str] | None = None):
         ema_prior.to(device)
 
     # The plan, in updates. Batches and accumulation run on over an epoch's edge: each is full, each row seen once.
+    plan = plan_run(args, dataset, captions, seed, ranks, checkpoint, state["plan"])
     samples_per_update = args.train_batch_size * args.gradient_accumulation_steps * ranks
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / samples_per_update)
-    spread = range(0, len(dataset), math.ceil(len(dataset) / 1000))  # some captions tell one data set from another
-    captions = draw_seed(dataset.select_columns([args.caption_column])[spread])
-    plan = {"seed": seed, "rows": len(dataset), "captions": captions, "processes": ranks}
-    plan |= {name: getattr(args, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
-    for name, value in state["plan"].items():
-        if plan[name] != value:
-            raise SystemExit(f"{checkpoint} cannot go on exactly: its run had {name}={value}, this one {plan[name]}")
     if accelerator.is_main_process:  # only now, when no flag can be wrong any more
         remove_checkpoints(others, output_dir)
-
-    preprocess = functools.partial(preprocess_train, tokenizer=tokenizer, args=args)
-    train_dataloader = torch.utils.data.DataLoader(
-        TrainSamples(dataset, preprocess, seed, args.skip_bad_rows),
-        batch_sampler=micro_batches(global_step, max_train_steps, plan, rank),
-        collate_fn=collate_fn,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda",
-    )
+        forget_what_follows(output_dir, global_step if checkpoint else -1)
+    loading = {"collate_fn": collate_fn, "num_workers": args.dataloader_num_workers}
+    loading |= {"worker_init_fn": encoding.ignore_signals, "pin_memory": device.type == "cuda"}
+    samples = encoding.TrainSamples(dataset, preprocess, seed, args.skip_bad_rows)
+    batches = encoding.micro_batches(global_step, max_train_steps, plan, rank)
+    train_dataloader = torch.utils.data.DataLoader(samples, batch_sampler=batches, **loading)
 
     # The optimizer and the rate's schedule, which is a function of the update alone.
     optimizer = make_optimizer(prior, args, device)
@@ -888,55 +889,58 @@ def main(argv: list[str] | None = None):
             accelerator.load_state(str(checkpoint))
     for group in optimizer.param_groups:  # what the flags say now holds, not what the checkpoint remembers
         group.update(optimizer.optimizer.defaults, initial_lr=args.learning_rate)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer.optimizer,
-        step_rules=args.lr_step_rules,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-        last_epoch=global_step - 1,
-    )
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max_train_steps}
+    steps |= {"step_rules": args.lr_step_rules, "last_epoch": global_step - 1}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer.optimizer, **steps)
 
-    # Say what is about to happen.
+    # Say what is about to happen. Trackers go on where the checkpoint is.
     if accelerator.is_main_process:
-        settings = {name: value for name, value in vars(args).items() if name not in SECRETS} | {"seed": seed}
-        plain = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in settings.items()}
-        accelerator.init_trackers(args.tracker_project_name, plain)
+        goes_on = {"tensorboard": {"purge_step": global_step + 1 if checkpoint else 0}}
+        goes_on |= {"wandb": {"id": run_id, "resume": "allow"}}
+        plain = {
+            n: v if isinstance(v, (int, float, str)) else str(v) for n, v in vars(args).items() if n != "hub_token"
+        }
+        accelerator.init_trackers(args.tracker_project_name, plain | {"seed": seed}, goes_on)
     logger.info(f"{len(dataset)} rows, {max_train_steps} updates of {samples_per_update} samples: {plan}, on {device}")
     if checkpoint:
         left = "going on" if global_step < max_train_steps else "nothing is left to train, only to save"
         logger.info(f"{checkpoint} is at update {global_step}: {left}")
-    whole_prior = accelerator.unwrap_model(prior)
-    draw = None
-    if args.validation_prompts:
-        parts = {"prior": whole_prior, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        draw = functools.partial(log_validation, accelerator, args, parts | {"scheduler": noise_scheduler}, seed)
+
+    # What validation needs; what is not asked for is None or empty.
+    whole_prior, held_out_loader = accelerator.unwrap_model(prior), None
+    if held_out:
+        batches = encoding.held_out_batches(len(held_out), args.train_batch_size, rank, ranks)
+        plain = argparse.Namespace(**vars(args) | {"caption_dropout": 0.0, "random_crop": False, "random_flip": False})
+        samples = encoding.TrainSamples(held_out, functools.partial(preprocess, args=plain), seed, args.skip_bad_rows)
+        held_out_loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, **loading)
+    run = SimpleNamespace(accelerator=accelerator, args=args, seed=seed, prior=whole_prior, ema_prior=ema_prior)
+    run.noise_scheduler, run.encode, run.decoder, run.held_out = noise_scheduler, encode, None, held_out_loader
+    run.empty_embeds, *run.prompt_embeds = embeds
+    if not checkpoint:
+        log_validation(run, 0)
+
     batches, bad_rows = iter(train_dataloader), set()
     prior.train()
     progress = tqdm(total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process)
-    with noted_signals() as signals, progress, logging_redirect_tqdm():  # the bar ends before a stop is told
+    with encoding.noted_signals() as signals, progress, logging_redirect_tqdm():  # the bar ends before a stop is told
         while global_step < max_train_steps:
             started = time.perf_counter()
             # All that an update draws follows from (seed, update, rank): resuming draws what not stopping would.
-            torch.manual_seed(draw_seed(seed, "update", global_step, rank))
+            torch.manual_seed(encoding.draw_seed(seed, "update", global_step, rank))
             train_loss, drawn = torch.zeros((), device=device), {"rows": [], "timesteps": []}
             for _ in range(args.gradient_accumulation_steps):
-                batch = next_batch(batches, device, bad_rows)
+                batch = encoding.next_batch(batches, device, bad_rows)
                 with accelerator.accumulate(prior):
                     with torch.no_grad():
-                        text = text_encoder(batch["text_input_ids"], attention_mask=batch["text_mask"])
-                        prompt_embeds = text.last_hidden_state
-                        latents = image_encoder(batch["effnet_pixel_values"].to(weight_dtype))
+                        prompt_embeds, latents = encode(batch)
                         image_embeds = (latents.float() + LATENT_STD) / LATENT_MEAN
                         noise = torch.randn_like(image_embeds)
-                        timesteps = torch.rand(len(noise), device=device)
+                        timesteps = draw_timesteps(len(noise), args.timestep_sampling, device)
                         noisy_latents = noise_scheduler.add_noise(image_embeds, noise, timesteps)
 
                     pred_noise = prior(noisy_latents, timesteps, prompt_embeds)
-                    loss = F.mse_loss(pred_noise.float(), noise, reduction="none").mean(dim=(1, 2, 3))
-                    if args.loss_weighting == "p2":
-                        loss = loss * p2_weight(noise_scheduler, timesteps)
-                    loss = loss.mean()
+                    losses = F.mse_loss(pred_noise.float(), noise, reduction="none").mean(dim=(1, 2, 3))
+                    loss = (losses * loss_weights(args.loss_weighting, noise_scheduler, timesteps)).mean()
 
                     accelerator.backward(loss)
                     train_loss += loss.detach() / args.gradient_accumulation_steps
@@ -953,44 +957,42 @@ def main(argv: list[str] | None = None):
             if ema_prior is not None:
                 ema_prior.step(prior.parameters())
 
-            rate, speed = lr_scheduler.get_last_lr()[0], samples_per_update / (time.perf_counter() - started)
+            seen, rate = global_step * samples_per_update, lr_scheduler.get_last_lr()[0]
+            speed = samples_per_update / (time.perf_counter() - started)
             log = {"train_loss": train_loss, "lr": rate, "grad_norm": grad_norm, "images_per_second": speed}
-            accelerator.log(log, step=global_step)
+            log["epoch"] = seen / len(dataset)
+            if device.type == "cuda":
+                log["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            log_numbers(accelerator, log, global_step)
             progress.set_postfix_str(f"loss {train_loss:.4f}, lr {rate:.2e}, {speed:.1f} images/s", refresh=False)
             progress.update()
 
             if global_step % args.checkpointing_steps == 0 or stop:
-                state = {"global_step": global_step, "plan": plan}
+                state = {"global_step": global_step, "plan": plan, "run_id": run_id}
                 save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit)
             if stop:
                 logger.info("Stopped; the same command with --resume_from_checkpoint=latest goes on")
                 accelerator.end_training()
                 del batches  # and with it the reading processes
                 sys.exit(128 + max(signals, default=signal.SIGTERM))
-            seen, rows_in_all = global_step * samples_per_update, len(dataset)
-            ended = range((seen - samples_per_update) // rows_in_all, seen // rows_in_all)  # the epochs, from 0
+            ended = range((seen - samples_per_update) // len(dataset), seen // len(dataset))  # the epochs, from 0
             if ended and bad_rows:
                 logger.warning(f"{len(bad_rows)} rows left out so far, at the end of epoch {ended[-1] + 1}")
-            if draw and global_step < max_train_steps and any(epoch % args.validation_epochs == 0 for epoch in ended):
-                if accelerator.is_main_process:
-                    with averaged_weights(whole_prior, ema_prior):
-                        draw(global_step)
-                accelerator.wait_for_everyone()
+            due = any(epoch % args.validation_epochs == 0 for epoch in ended)
+            if args.validation_steps:
+                due = global_step % args.validation_steps == 0
+            if due and global_step < max_train_steps:
+                log_validation(run, global_step)
 
-    # The result: the prior first, then all that could still fail.
-    accelerator.wait_for_everyone()
+    # The result, on disk before anything is uploaded.
+    with averaged_weights(accelerator, whole_prior, ema_prior, args.use_ema):
+        if accelerator.is_main_process:
+            size = save_result(args, whole_prior, tokenizer, noise_scheduler, output_dir)
+    log_validation(run, global_step)
     if accelerator.is_main_process:
-        with averaged_weights(whole_prior, ema_prior):
-            with blaming("--output_dir", output_dir):
-                prior_pipeline = save_prior_pipeline(args, whole_prior, tokenizer, noise_scheduler, output_dir)
-            try:
-                save_pipeline(args, prior_pipeline, output_dir)
-            except Exception as error:
-                logger.warning(f"{output_dir} will not load as a pipeline, only its prior_pipeline/: {error}")
-            pictures = draw(global_step) if draw else []
-        save_model_card(args, repo_id, global_step, pictures, output_dir)
+        save_model_card(args, repo_id, size, global_step, plan, device)
         if args.push_to_hub:
-            push(args, repo_id, output_dir)
+            push(repo_id, output_dir, global_step, args.hub_token)
     accelerator.end_training()
 
 

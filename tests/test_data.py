@@ -32,6 +32,7 @@ from PIL import Image
 from torchvision import transforms
 from transformers import CLIPTokenizerFast
 
+import modeling_efficient_net_encoder as encoding
 import train_text_to_image_prior as script
 
 ROWS = [json.loads(line) for line in (PICTURES / "metadata.jsonl").read_text().splitlines()]
@@ -86,7 +87,7 @@ def png(width, height, depth, colour_type, pixels, *, palette=None, transparent=
 
 def decoded(value):
     """(height, width, 3) of what the script makes of a picture."""
-    image = script.decode_picture(value)
+    image = encoding.decode_picture(value)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
 
@@ -184,7 +185,7 @@ def test_cmyk_jpeg_becomes_rgb():
 
 
 def test_a_picture_of_one_pixel_fills_the_square():
-    image = script.center_square(script.decode_picture(encoded(Image.new("RGB", (1, 1), (1, 2, 3)))), 64)
+    image = encoding.crop_square(encoding.decode_picture(encoded(Image.new("RGB", (1, 1), (1, 2, 3)))), 64)
     assert image.size == (64, 64)
     assert (np.asarray(image) == (1, 2, 3)).all()
 
@@ -247,7 +248,7 @@ def square_within(memory, image, resolution):
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
-    sys.exit(script.center_square(image, resolution).size != (resolution, resolution))
+    sys.exit(encoding.crop_square(image, resolution).size != (resolution, resolution))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
@@ -265,7 +266,7 @@ def test_very_long_pictures_are_squared_in_bounded_memory(size):
 def test_very_long_pictures_keep_their_centre(size):
     image = Image.fromarray(noise(*size[::-1], 3).astype(np.uint8))
     whole = transforms.CenterCrop(32)(transforms.Resize(32, antialias=True)(image))
-    assert np.abs(np.asarray(script.center_square(image, 32)).astype(int) - np.asarray(whole)).max() <= 1
+    assert np.abs(np.asarray(encoding.crop_square(image, 32)).astype(int) - np.asarray(whole)).max() <= 1
 
 
 # ------------------------------------------------------------------------------------- where a data set may be
@@ -342,7 +343,7 @@ RENAMED |= dict(zip(RENAMED, ["0.jpg", "1-test.jpg", "2_train.jpg", "3.dev.jpg"]
 
 def contents(rows):
     """Caption and pixels of each row, in order."""
-    return [(row["text"], hashlib.sha256(script.decode_picture(row["image"]).tobytes()).hexdigest()) for row in rows]
+    return [(row["text"], hashlib.sha256(encoding.decode_picture(row["image"]).tobytes()).hexdigest()) for row in rows]
 
 
 def expected(rows=TRAIN):
@@ -417,7 +418,7 @@ def take_row(row, draw):
 
 
 def stream(rows, seed, count, preprocess=take_row, skip_bad_rows=False):
-    samples = script.TrainSamples(rows, preprocess, seed, skip_bad_rows)
+    samples = encoding.TrainSamples(rows, preprocess, seed, skip_bad_rows)
     return [samples[position] for position in range(count)]
 
 
@@ -428,7 +429,7 @@ def test_every_row_comes_exactly_once_an_epoch(rows):
 
 
 def test_each_epoch_and_each_seed_has_an_order_of_its_own():
-    orders = [tuple(script.epoch_order(seed, epoch, 64).tolist()) for seed in range(4) for epoch in range(8)]
+    orders = [tuple(encoding.epoch_order(seed, epoch, 64).tolist()) for seed in range(4) for epoch in range(8)]
     assert len(set(orders)) == len(orders)
     assert all(sorted(order) == list(range(64)) for order in orders)
     # Were they one order turned or shifted, neighbours would stay neighbours: by chance one of 63 pairs does.
@@ -438,7 +439,7 @@ def test_each_epoch_and_each_seed_has_an_order_of_its_own():
 
 def test_a_sample_is_a_function_of_seed_and_position():
     first, other = stream(range(16), 5, 48), stream(range(16), 6, 48)
-    samples = script.TrainSamples(range(16), take_row, 5, False)
+    samples = encoding.TrainSamples(range(16), take_row, 5, False)
     shuffled = random.Random(0).sample(range(48), 48)
     assert {position: samples[position] for position in shuffled} == dict(enumerate(first))
     assert len({sample["drawn"] for sample in first + other}) == 96
@@ -455,8 +456,8 @@ def test_ranks_share_out_all_positions_and_resuming_gives_the_tail(batch, accumu
     update = batch * accumulation * ranks
     positions = []
     for rank in range(ranks):
-        batches = [list(positions) for positions in script.micro_batches(0, steps, plan, rank)]
-        tail = [list(positions) for positions in script.micro_batches(resumed, steps, plan, rank)]
+        batches = [list(positions) for positions in encoding.micro_batches(0, steps, plan, rank)]
+        tail = [list(positions) for positions in encoding.micro_batches(resumed, steps, plan, rank)]
         assert len(batches) == steps * accumulation
         assert all(len(positions) == batch for positions in batches)
         assert tail == batches[resumed * accumulation :]
@@ -470,7 +471,7 @@ def test_planning_a_long_run_takes_no_memory():
     plan = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "processes": 1}
     tracemalloc.start()
     try:
-        batches = iter(script.micro_batches(0, 300_000, plan, 0))  # the default 100 epochs of 3000 pictures
+        batches = iter(encoding.micro_batches(0, 300_000, plan, 0))  # the default 100 epochs of 3000 pictures
         assert [list(next(batches)) for _ in range(2)] == [[0], [1]]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -483,8 +484,8 @@ def loader(rows, args, tokenizer, first_step, last_step, **options):
     plan = {"train_batch_size": 4, "gradient_accumulation_steps": 1, "processes": 1}
     preprocess = functools.partial(script.preprocess_train, tokenizer=tokenizer, args=args)
     return torch.utils.data.DataLoader(
-        script.TrainSamples(rows, preprocess, 0, args.skip_bad_rows),
-        batch_sampler=script.micro_batches(first_step, last_step, plan, 0),
+        encoding.TrainSamples(rows, preprocess, 0, args.skip_bad_rows),
+        batch_sampler=encoding.micro_batches(first_step, last_step, plan, 0),
         collate_fn=script.collate_fn,
         **options,
     )
@@ -493,10 +494,12 @@ def loader(rows, args, tokenizer, first_step, last_step, **options):
 def test_starting_at_a_late_step_decodes_no_earlier_picture(tokenizer, monkeypatch):
     args = arguments(train_data_dir=PICTURES, resolution=32)
     rows = script.load_train_dataset(args, 0)
-    decode, opened = script.decode_picture, []
-    monkeypatch.setattr(script, "decode_picture", lambda value: opened.append(value["path"]) or decode(value))
+    decode, opened = encoding.decode_picture, []
+    monkeypatch.setattr(
+        encoding, "decode_picture", lambda value, *folders: opened.append(value["path"]) or decode(value)
+    )
     batch = next(iter(loader(rows, args, tokenizer, 1000, 1010)))
-    order = script.epoch_order(0, 62, 64)[32:36].tolist()  # update 1000 begins at sample 4000 = 62 * 64 + 32
+    order = encoding.epoch_order(0, 62, 64)[32:36].tolist()  # update 1000 begins at sample 4000 = 62 * 64 + 32
     assert batch["rows"] == order
     assert [Path(path).name for path in opened] == [ROWS[row]["file_name"] for row in order]
 
@@ -641,7 +644,7 @@ def test_a_row_drawn_by_max_train_samples_is_not_given_another_rows_number(tmp_p
     subset = script.load_train_dataset(args, 0)
     preprocess = functools.partial(script.preprocess_train, tokenizer=tokenizer, args=args)
     for position, sample in enumerate(stream(subset, 0, 6, preprocess)):
-        file = subset[int(script.epoch_order(0, 0, 6)[position])]["image"]["path"]
+        file = subset[int(encoding.epoch_order(0, 0, 6)[position])]["image"]["path"]
         number, problem = re.search(r"\d+", file).group(), sample["problem"]
         assert file in problem
         assert f"row {number} of the train split" in problem or "of the train split" not in problem
@@ -669,7 +672,7 @@ def test_a_batch_tells_which_rows_were_left_out(tokenizer):
     args = arguments("--skip_bad_rows", resolution=32)
     rows = [{"image": pixel(), "text": "a cat" if row % 2 else None} for row in range(8)]
     batch = next(iter(loader(rows, args, tokenizer, 0, 1)))
-    left_out = [row for row in script.epoch_order(0, 0, 8)[:4].tolist() if row % 2 == 0]
+    left_out = [row for row in encoding.epoch_order(0, 0, 8)[:4].tolist() if row % 2 == 0]
     assert left_out
     assert set(left_out) <= set(batch["bad_rows"])
     assert len(batch["rows"]) == 4
@@ -680,11 +683,11 @@ def test_a_batch_tells_which_rows_were_left_out(tokenizer):
 def test_without_skipping_one_broken_row_is_its_batchs_problem(tokenizer):
     rows = [{"image": pixel(), "text": None if row == 5 else "a cat"} for row in range(8)]
     batches = list(loader(rows, arguments(resolution=32), tokenizer, 0, 2))
-    at = script.epoch_order(0, 0, 8).tolist().index(5) // 4
+    at = encoding.epoch_order(0, 0, 8).tolist().index(5) // 4
     assert "row 5 " in batches[at]["problem"]
     assert "problem" not in batches[1 - at]
     with pytest.raises(SystemExit, match=r"row 5 .*--skip_bad_rows"):
-        script.next_batch(iter([batches[at]]), torch.device("cpu"), set())
+        encoding.next_batch(iter([batches[at]]), torch.device("cpu"), set())
 
 
 @pytest.mark.parametrize("rows", [1, 10, 1000])

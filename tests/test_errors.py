@@ -148,7 +148,7 @@ def test_pictures_without_captions(refused, tmp_path):
 
 
 def test_an_image_column_of_strings(refused):
-    refused("--image_column=text holds .*string.*, not pictures: .*Image", image_column="text")
+    refused("--image_column=text: .*holds .*string.*, not pictures: .*Image", image_column="text")
 
 
 def test_no_train_split(refused, pictures, tmp_path):

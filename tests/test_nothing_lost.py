@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import make_prior
 
+import modeling_efficient_net_encoder as encoding
 import train_text_to_image_prior as script
 
 UPDATES = 7
@@ -237,7 +238,7 @@ def test_a_run_on_a_disk_that_fills_up_says_so_at_the_end(models, pictures, tmp_
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(script, "flush_to_disk", fail)
-    monkeypatch.setattr(script, "save_prior_pipeline", fail)
+    monkeypatch.setattr(script, "save_parts", fail)
     result = run_main(tiny_args(models, pictures, tmp_path / "run", checkpointing_steps=1))
     assert result.returncode == 1 and "Traceback" not in result.output
     assert result.output.count("the run goes on without it") == 3
@@ -352,14 +353,14 @@ def test_a_signal_ends_the_update_and_leaves_a_checkpoint(
 
 def test_signals_are_the_systems_again_after_training():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with script.noted_signals():
+    with encoding.noted_signals():
         assert signal.getsignal(signal.SIGTERM) not in before
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     def work():
-        with script.noted_signals() as received:
+        with encoding.noted_signals() as received:
             os.kill(os.getpid(), signal.SIGTERM)
             assert received == [signal.SIGTERM]
             os.kill(os.getpid(), signal.SIGINT)
@@ -441,10 +442,10 @@ def test_the_sequence_of_rows_and_captions_is_the_unbroken_one(rows, batch, accu
     def read(row, draw):
         return {"what": (row, draw.random())}
 
-    samples = script.TrainSamples(range(rows), read, seed=3, skip_bad_rows=False)
+    samples = encoding.TrainSamples(range(rows), read, seed=3, skip_bad_rows=False)
 
     def sequence(first, last, rank):
-        batches = script.micro_batches(first, last, plan, rank)
+        batches = encoding.micro_batches(first, last, plan, rank)
         return [[(position, samples[position]["what"]) for position in positions] for positions in batches]
 
     seen = []

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import save_published_encoder
 
+import modeling_efficient_net_encoder as encoding
 import train_text_to_image_prior as script
 from modeling_efficient_net_encoder import EfficientNetEncoder
 
@@ -151,7 +152,7 @@ def test_the_guides_command_ends_with_the_newest_checkpoints(guide):
 @pytest.mark.slow
 def test_the_guides_command_at_768_pixels(guide):
     run = guide(max_train_steps=1)
-    (picture,) = (run.output_dir / "samples").iterdir()
+    picture = run.output_dir / "samples" / "update-0000001-prompt-0.png"
     assert Image.open(picture).size == (1024, 1024)
     assert Image.open(picture).convert("RGB").getextrema() != ((0, 0),) * 3
     assert "model_index.json" in run.hub.files("tester/wuerstchen-prior-naruto-model")
@@ -178,8 +179,8 @@ def test_wandb_has_the_pictures_with_their_captions_and_the_curves(guide):
     shown = re.findall(rb'captions[^"]{1,8}(\["A robot[^]]*"\])', records)
     assert {json.loads(captions)[0] for captions in shown} == {PROMPT}
     media = run.wandb.glob("wandb/offline-run-*/files/media/images/*.png")
-    samples = [*(run.output_dir / "samples").glob("*.png")]
-    assert len(samples) == 2, "after the first epoch, which update 4 ends, and at the end"
+    samples = [*(run.output_dir / "samples").glob("update-*.png")]
+    assert len(samples) == 3, "before the first update, after the first epoch, which update 4 ends, and at the end"
     shown, saved = ({np.asarray(Image.open(path)).tobytes() for path in paths} for paths in (media, samples))
     assert shown == saved
     for tag in (b"train_loss", b"lr", b"grad_norm", b"images_per_second"):
@@ -189,10 +190,10 @@ def test_wandb_has_the_pictures_with_their_captions_and_the_curves(guide):
 def test_the_hub_gets_what_a_user_needs_and_no_more(guide):
     run = guide(resolution=64)
     files = run.hub.files("tester/wuerstchen-prior-naruto-model")
-    folders = {"prior_pipeline", "decoder", "scheduler", "text_encoder", "tokenizer", "vqgan"}
+    folders = {"samples", "prior_pipeline", "decoder", "scheduler", "text_encoder", "tokenizer", "vqgan"}
     folders |= {f"prior_{name}" for name in ("prior", "scheduler", "text_encoder", "tokenizer")}
     assert {name.split("/")[0] for name in files if "/" in name} == folders
-    assert {name for name in files if "/" not in name} == {"README.md", "model_index.json", "grid.png"}
+    assert {name for name in files if "/" not in name} == {"README.md", "model_index.json", "grid.png", "loss.png"}
     assert "prior_pipeline/prior/diffusion_pytorch_model.safetensors" in files
     assert not [name for name in files if re.search(r"checkpoint|optimizer|random_states|trainer_state|logs", name)]
     for name, content in files.items():
@@ -320,12 +321,12 @@ def published_sizes(models):
 
 @pytest.mark.parametrize(("resolution", "pixels"), [(768, 1024), (512, 640)])
 def test_pictures_have_the_size_of_what_is_trained(published_sizes, resolution, pixels):
-    assert script.picture_size(published_sizes, resolution) == pixels
+    assert encoding.picture_size(published_sizes.decoder_pipe, resolution) == pixels
 
 
 @pytest.mark.parametrize("resolution", range(32, 1600, 96))
 def test_every_resolution_gets_a_size_that_can_be_drawn_near_by(published_sizes, resolution):
-    pixels = script.picture_size(published_sizes, resolution)
+    pixels = encoding.picture_size(published_sizes.decoder_pipe, resolution)
     side = math.ceil(pixels / 42.67)  # as the prior's pipeline has it
     drawn = int(side * 10.67)  # as the decoder's has it
     assert drawn % 16 == 0, "patches of 2 are halved three times"
@@ -337,9 +338,9 @@ def test_every_resolution_gets_a_size_that_can_be_drawn_near_by(published_sizes,
 def test_the_decoder_draws_what_it_is_asked_for_and_could_not_draw_the_trained_size(models, guide):
     """64 pixels are latents of 2 a side, which come out as 3."""
     run = guide(resolution=64)
-    assert {Image.open(path).size for path in (run.output_dir / "samples").iterdir()} == {(128, 128)}
+    assert {Image.open(path).size for path in (run.output_dir / "samples").glob("update-*")} == {(128, 128)}
     pipeline = AutoPipelineForText2Image.from_pretrained(run.output_dir)
-    assert script.picture_size(pipeline, 64) == 128
+    assert encoding.picture_size(pipeline.decoder_pipe, 64) == 128
     with pytest.raises(RuntimeError):
         pipeline("a bird", width=85, height=85, prior_timesteps=[1.0, 0.0], num_inference_steps=1)
 
@@ -384,17 +385,17 @@ def test_tensorboard_has_each_number_once_an_update(board, tag):
 
 def test_tensorboard_shows_the_pictures_of_samples_and_their_prompts(board):
     output_dir, events = board
-    samples = {path.name for path in (output_dir / "samples").iterdir()}
-    assert samples == {f"update-{update:07d}-prompt-{i}.png" for update in (2, 4, 5) for i in (0, 1)}
+    samples = {path.name for path in (output_dir / "samples").glob("update-*")}
+    assert samples == {f"update-{update:07d}-prompt-{i}.png" for update in (0, 2, 4, 5) for i in (0, 1)}
     for index, prompt in enumerate(("a red apple", "new moon")):
         images = events.Images(f"validation/{index}")
-        assert [image.step for image in images] == [2, 4, 5]
+        assert [image.step for image in images] == [0, 2, 4, 5]
         for image in images:
             file = output_dir / "samples" / f"update-{image.step:07d}-prompt-{index}.png"
             shown = Image.open(BytesIO(image.encoded_image_string))
             assert np.array_equal(np.asarray(shown), np.asarray(Image.open(file)))
         texts = events.Tensors(f"validation/{index}/text_summary")
-        assert [text.tensor_proto.string_val[0].decode() for text in texts] == [prompt] * 3
+        assert [text.tensor_proto.string_val[0].decode() for text in texts] == [prompt] * 4
 
 
 def test_tensorboard_has_the_settings_without_the_token(board):

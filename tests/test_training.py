@@ -541,11 +541,12 @@ def test_validation_has_no_dropout_and_training_has_it(train, models, steady_pri
     flags = {"learning_rate": 0.0, "max_train_steps": 6, "max_train_samples": 8, "validation_epochs": 1}
     run = train(**flags, validation_prompts=["a red apple"])
     assert run.returncode == 0, run
-    files = sorted((run.folder / "samples").iterdir())
-    assert [file.name for file in files] == [f"update-{update:07d}-prompt-0.png" for update in (2, 4, 6)]
+    files = sorted((run.folder / "samples").glob("update-*"))
+    assert [file.name for file in files] == [f"update-{update:07d}-prompt-0.png" for update in (0, 2, 4, 6)]
     pictures = [np.asarray(Image.open(file)) for file in files]
     assert np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(pictures[0], pictures[2])
+    assert np.array_equal(pictures[0], pictures[3])
     (right,) = draw(models, models / "prior" / "prior", ["a red apple"], len(pictures[0]))
     assert np.array_equal(pictures[0], right)
 
@@ -561,7 +562,7 @@ def test_validating_changes_no_bit_of_the_training(train):
     validated = train(**UNEVEN)
     plain = train(**UNEVEN | {"validation_prompts": None})
     assert validated.returncode == plain.returncode == 0, (validated, plain)
-    assert len(list((validated.folder / "samples").iterdir())) == 8
+    assert len(list((validated.folder / "samples").glob("update-*"))) == 10
     assert not (plain.folder / "samples").exists()
     for update in range(1, 8):
         assert same(validated.prior(update), plain.prior(update))
@@ -673,7 +674,7 @@ def assert_goes_on_as(again, run, update, last):
     for tag in ("train_loss", "grad_norm", "lr"):
         expected = {step: value for step, value in run.logged(tag).items() if step > update}
         assert again.logged(tag) == expected, tag
-    for picture in (again.folder / "samples").glob("*.png"):
+    for picture in (again.folder / "samples").glob("update-*.png"):
         assert picture.read_bytes() == (run.folder / "samples" / picture.name).read_bytes(), picture.name
 
 
@@ -747,7 +748,7 @@ def test_p2_averages_to_054_and_weighs_samples_not_batches(train, steady_prior):
     t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     expected = (1 - alpha_bar(t)).mean().item()
     assert expected == pytest.approx(0.54, abs=0.05)
-    weights = script.p2_weight(DDPMWuerstchenScheduler(), t.float())
+    weights = script.loss_weights("p2", DDPMWuerstchenScheduler(), t.float())
     assert weights.mean().item() == pytest.approx(expected, rel=1e-4)
 
     run = train(

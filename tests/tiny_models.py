@@ -34,7 +34,7 @@ sys.path.insert(0, str(DATA.parent.parent))
 # The script goes first: importing it mends the Würstchen pipelines of diffusers 0.38 and later.
 from modeling_efficient_net_encoder import (  # noqa: E402
     EfficientNetEncoder,
-    center_square,
+    crop_square,
     decode_picture,
     normalize_pixels,
 )
@@ -110,7 +110,7 @@ def read_pictures(folder, resolution):
     """Every picture of a folder as one (N, 3, resolution, resolution) batch, as the encoder takes it."""
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix in (".jpg", ".png", ".webp"))
     pictures = [decode_picture({"path": str(path), "bytes": None}) for path in paths]
-    return torch.stack([normalize_pixels(center_square(picture, resolution)) for picture in pictures])
+    return torch.stack([normalize_pixels(crop_square(picture, resolution)) for picture in pictures])
 
 
 @torch.no_grad()

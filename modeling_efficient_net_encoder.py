@@ -220,7 +220,7 @@ def crop_square(image: Image.Image, resolution: int, draw: random.Random | None 
 def contact_sheet(folder: Path, prompts: list[str]) -> Image.Image:
     """A folder's pictures update-N-prompt-K.png in one: prompts down, updates across, SHEET_COLUMNS at most."""
     updates = sorted({file.name.split("-")[1] for file in folder.glob("update-*.png")})
-    updates = updates[:-1][:: math.ceil(len(updates) / SHEET_COLUMNS)] + updates[-1:]
+    updates = updates[:-1][:: max(1, math.ceil((len(updates) - 1) / (SHEET_COLUMNS - 1)))] + updates[-1:]
     sheet = Image.new("RGB", (TILE * (1 + len(updates)), 20 + TILE * len(prompts)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, prompt in enumerate(prompts):

@@ -38,7 +38,6 @@ import huggingface_hub as hub
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, is_initialized
@@ -161,7 +160,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--push_to_hub", **on, help="upload the result at the end")
     flag("--hub_model_id", help="the repo to upload to; by default the name of --output_dir")
     flag("--hub_private_repo", **on, help="make the repo a private one, if there is none yet")
-    flag("--hub_token", help="goes to the Hub only; safer is `hf auth login`")
+    flag("--hub_token", type=str.strip, help="goes to the Hub only; safer is `hf auth login`")
     flag("--local_rank", type=int, default=-1, help="unused: Accelerate reads the environment")
 
     args = parser.parse_args(argv)
@@ -175,10 +174,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--compile is not built yet: leave it out")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`")
-    available = [str(tracker) for tracker in get_available_trackers()]
-    for name in args.report_to.split(","):
-        if name not in [*available, "all", "none"]:
-            parser.error(f"--report_to={name} is not installed; there is {', '.join(available)}, all and none")
+    available = {str(tracker) for tracker in get_available_trackers()} | {"all", "none"}
+    for name in set(args.report_to.split(",")) - available:
+        parser.error(f"--report_to={name} is not installed; there is {', '.join(sorted(available))}")
     return args
 
 
@@ -277,9 +275,8 @@ def load_models(args: argparse.Namespace, checkpoint: Path | None, weight_dtype:
         with deepspeed_zero_init_disabled_context_manager():
             tokenizer = CLIPTokenizerFast.from_pretrained(source, subfolder="tokenizer", cache_dir=cache_dir)
             text_encoder = load_text_encoder(args, weight_dtype).requires_grad_(False).eval()
-        prior = wuerstchen.WuerstchenPrior.from_pretrained(
-            checkpoint or source, subfolder="prior", torch_dtype=torch.float32, cache_dir=cache_dir
-        )
+        settings = {"subfolder": "prior", "torch_dtype": torch.float32, "cache_dir": cache_dir}
+        prior = wuerstchen.WuerstchenPrior.from_pretrained(checkpoint or source, **settings)
         given, taken = text_encoder.config.hidden_size, prior.config.c_cond
         if given != taken:
             raise ValueError(f"its text encoder gives {given} features, but its prior takes c_cond={taken}")
@@ -315,14 +312,15 @@ def encode_batch(text_encoder, image_encoder, batch: dict) -> tuple[torch.Tensor
 
 
 def cache_encodings(accelerator, dataset, tokenizer, text_encoder, image_encoder, args) -> datasets.Dataset:
-    """The rows as what both encoders give for their pictures and for each of their captions, from disk."""
-    # It is found again by all that its content follows from.
+    """The rows as what both encoders give for their pictures and for each of their captions, from disk, where it is
+    found again by all that it follows from."""
     settings = (args.image_column, args.caption_column, args.resolution, text_encoder.dtype)
-    code = (read_row, tokenize_captions, *encoding.READING, tokenizer.backend_tokenizer.to_str())
-    key = encoding.fingerprint(dataset._fingerprint, settings, text_encoder, image_encoder, *code)
-    steps = {"read": functools.partial(read_row, args=args), "key": key, "num_workers": args.dataloader_num_workers}
-    steps["tokenize"] = functools.partial(tokenize_captions, tokenizer=tokenizer)
-    steps["encode"] = functools.partial(encode_batch, text_encoder, image_encoder)
+    code = (read_row, tokenize_captions, embed_tokens, encode_batch, *encoding.READING)
+    parts = (settings, tokenizer.backend_tokenizer.to_str(), text_encoder, image_encoder, *code)
+    steps = {"key": encoding.fingerprint(dataset._fingerprint, *parts), "num_workers": args.dataloader_num_workers}
+    steps |= {"read": functools.partial(read_row, args=args)}
+    steps |= {"tokenize": functools.partial(tokenize_captions, tokenizer=tokenizer)}
+    steps |= {"encode": functools.partial(encode_batch, text_encoder, image_encoder)}
     with blaming("--cache_latents: --cache_dir", args.cache_dir or datasets.config.HF_DATASETS_CACHE):
         return encoding.encode_once(accelerator, dataset, args.cache_dir, args.skip_bad_rows, **steps)
 
@@ -347,10 +345,8 @@ def draw_timesteps(count: int, sampling: str, device: torch.device) -> torch.Ten
 def loss_weights(weighting: str, noise_scheduler: DDPMWuerstchenScheduler, timesteps: torch.Tensor) -> torch.Tensor:
     """The weight of each sample's loss, (B,): 1, or P2 weighting (arXiv:2204.00227) with k = gamma = 1, Würstchen's,
     which is 1 / (1 + SNR) = 1 - alpha_bar(t)."""
-    if weighting == "none":
-        return torch.ones_like(timesteps)
     deviation = noise_scheduler.add_noise(torch.zeros_like(timesteps), torch.ones_like(timesteps), timesteps)
-    return deviation**2
+    return torch.ones_like(timesteps) if weighting == "none" else deviation**2
 
 
 def make_ema(args, prior: torch.nn.Module, checkpoint: Path | None) -> EMAModel:
@@ -529,7 +525,7 @@ def draw_pictures(run: SimpleNamespace, global_step: int) -> list[Image.Image]:
     pictures, failures = accelerate.utils.gather_object(pictures), accelerate.utils.gather_object(failures)
     if failures:
         logger.warning(f"No validation pictures at update {global_step}: {failures[0]}")
-    return [] if failures else pictures
+    return [] if failures else pictures[: len(run.prompt_embeds)]
 
 
 @torch.no_grad()
@@ -558,9 +554,13 @@ def held_out_loss(run: SimpleNamespace) -> dict[str, float]:
 
 
 def log_validation(run: SimpleNamespace, global_step: int):
-    """Draws the prompts and measures the held-out loss, with the averaged weights if there are any, and without
-    dropout. It touches nothing that training draws from."""
-    if run.prompt_embeds or run.held_out:
+    """Draws the prompts and measures the held-out loss, unless a run that this one goes on with has: without dropout,
+    with the averaged weights if there are any. It touches nothing that training draws from."""
+    output_dir = Path(run.args.output_dir)
+    done = any("val_loss" in row for row in read_losses(output_dir) if row["update"] == global_step)
+    done |= any(output_dir.glob(f"samples/update-{global_step:07d}-*"))
+    (done,) = accelerate.utils.broadcast_object_list([done])
+    if not done and (run.prompt_embeds or run.held_out):
         run.prior.eval()
         with averaged_weights(run.accelerator, run.prior, run.ema_prior, run.args.use_ema):
             pictures = draw_pictures(run, global_step) if run.prompt_embeds else []
@@ -569,7 +569,7 @@ def log_validation(run: SimpleNamespace, global_step: int):
         if run.accelerator.is_main_process:
             log_pictures(run.accelerator, run.args, pictures, global_step)
     if run.accelerator.is_main_process:
-        draw_curve(Path(run.args.output_dir))
+        draw_curve(output_dir)
 
 
 def log_numbers(accelerator: Accelerator, numbers: dict[str, float], global_step: int):
@@ -583,7 +583,7 @@ def log_numbers(accelerator: Accelerator, numbers: dict[str, float], global_step
 def read_losses(output_dir: Path) -> list[dict[str, float]]:
     """The lines of loss.jsonl; none if there is no such file."""
     file = output_dir / "loss.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
 
 def forget_what_follows(output_dir: Path, global_step: int):
@@ -597,29 +597,30 @@ def forget_what_follows(output_dir: Path, global_step: int):
 
 def log_pictures(accelerator: Accelerator, args, pictures: list[Image.Image], global_step: int):
     """Shows pictures and their prompts in each tracker and in samples/. A tracker more is a branch more."""
-    prompts, samples = args.validation_prompts or [], Path(args.output_dir, "samples")
-    for index, picture in enumerate(pictures):
-        samples.mkdir(exist_ok=True)
-        text = PngInfo()
-        text.add_itxt("prompt", prompts[index])
-        text.add_itxt("settings", f"{recipe_of(args)}, prior_guidance_scale={GUIDANCE_SCALE}")
-        picture.save(samples / f"update-{global_step:07d}-prompt-{index}.png", pnginfo=text)
-    if pictures:
-        encoding.contact_sheet(samples, prompts).save(samples / "contact-sheet.png")
-    for tracker in accelerator.trackers if pictures else []:
+    named, samples = list(zip(args.validation_prompts or [], pictures, strict=False)), Path(args.output_dir, "samples")
+    for tracker in accelerator.trackers if named else []:
         if tracker.name == "tensorboard":
-            for index, picture in enumerate(pictures):
+            for index, (prompt, picture) in enumerate(named):
                 tracker.writer.add_image(f"validation/{index}", np.asarray(picture), global_step, dataformats="HWC")
-                tracker.writer.add_text(f"validation/{index}", prompts[index], global_step)
+                tracker.writer.add_text(f"validation/{index}", prompt, global_step)
         elif tracker.name in ("wandb", "trackio"):
             to_image = importlib.import_module(tracker.name).Image
-            shown = [to_image(picture, caption=prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-            tracker.log({"validation": shown}, step=global_step)
+            shown = [to_image(picture, caption=prompt) for prompt, picture in named]
+            apart = {f"validation/{index}": image for index, image in enumerate(shown)}  # trackio drops lists
+            tracker.log({"validation": shown} if tracker.name == "wandb" else apart, step=global_step)
         elif tracker.name == "comet_ml":
-            for picture, prompt in zip(pictures, prompts, strict=True):
+            for prompt, picture in named:
                 tracker.tracker.log_image(picture, name=prompt, step=global_step)
         else:
             logger.warning(f"{tracker.name} is not shown the validation pictures; they are in samples/")
+    for index, (prompt, picture) in enumerate(named):
+        samples.mkdir(exist_ok=True)
+        text = PngInfo()
+        text.add_itxt("prompt", prompt)
+        text.add_itxt("settings", f"{recipe_of(args)}, prior_guidance_scale={GUIDANCE_SCALE}")
+        picture.save(samples / f"update-{global_step:07d}-prompt-{index}.png", pnginfo=text)
+    if named:
+        encoding.contact_sheet(samples, args.validation_prompts).save(samples / "contact-sheet.png")
 
 
 def draw_curve(output_dir: Path):
@@ -629,9 +630,8 @@ def draw_curve(output_dir: Path):
     means = train[:1]
     for count, (update, loss) in enumerate(train[1:], 2):
         means.append((update, means[-1][1] + (loss - means[-1][1]) * max(1 / count, 0.02)))
-    if not means + held_out:
-        return
-    last, top = max(1, train[-1][0] if train else 1), 1.2 * max(loss for _, loss in means + held_out)
+    shown = means + held_out or [(1, 1.0)]
+    last, top = max(1, *(update for update, _ in shown)), 1.2 * max(loss for _, loss in shown) or 1
     plot = Image.new("RGB", (1000, 500), "white")
     pen = ImageDraw.Draw(plot)
     for points, colour, width in ((train, "lightgrey", 1), (means, "blue", 2), (held_out, "red", 3)):
@@ -661,19 +661,18 @@ def save_result(args, prior, tokenizer, noise_scheduler, output_dir: Path) -> in
         text_encoder = load_text_encoder(args, torch.float32)  # anew: the one in use was rounded to half precision
         parts = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": noise_scheduler}
         save_parts(parts, folder)
-        parts["prior"] = prior
-        wuerstchen.WuerstchenPriorPipeline(**parts).save_config(folder)  # model_index.json
+        wuerstchen.WuerstchenPriorPipeline(prior=prior, **parts).save_config(folder)  # model_index.json
     try:
         decoder = load_decoder(args, torch.float32)
         save_parts(decoder.components, output_dir)
-        for name in parts:
+        for name in ("prior", *parts):
             target = output_dir / f"prior_{name}"
             shutil.rmtree(target, ignore_errors=True)
             try:  # a second name for the same files
                 shutil.copytree(folder / name, target, copy_function=os.link)
             except OSError:  # the file system knows no hard links
                 shutil.copytree(folder / name, target, dirs_exist_ok=True)
-        named = {f"prior_{name}": part for name, part in parts.items()}
+        named = {f"prior_{name}": part for name, part in parts.items()} | {"prior_prior": prior}
         wuerstchen.WuerstchenCombinedPipeline(**decoder.components, **named).save_config(output_dir)
         return encoding.picture_size(decoder, args.resolution)
     except Exception as error:
@@ -691,7 +690,7 @@ The Würstchen prior **{base}**, fine-tuned on **{source}**.
 import diffusers
 import torch
 
-if diffusers.__version__ >= "0.38":
+if not hasattr(diffusers.pipelines, "wuerstchen"):  # from 0.38 on
     from diffusers.pipelines.deprecated import wuerstchen
     diffusers.pipelines.wuerstchen = wuerstchen
 
@@ -706,7 +705,7 @@ The weights are float32. The prior alone, with its text encoder, is the pipeline
 ## How it was trained
 
 For {updates} updates of {samples} samples, {epochs:.1f} epochs of {rows} rows, in {hours:.1f} hours on {processes} x
-{device}, with `{settings}`.
+{device}, with seed {seed} and `{settings}`.
 
 ![training loss](loss.png)
 """
@@ -736,12 +735,8 @@ def save_model_card(args, repo_id: str, size: int | None, global_step: int, plan
     facts = {"samples": samples, "epochs": global_step * samples / plan["rows"], "updates": global_step, "size": size}
     facts["hours"] = sum(samples / rate for rate in rates) / 3600
     facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    facts |= {
-        "settings": recipe_of(args),
-        "repo_id": repo_id,
-        "prompt": json.dumps((prompts or ["a photo"])[0]),
-        "guidance": GUIDANCE_SCALE,
-    }
+    facts |= {"settings": recipe_of(args), "repo_id": repo_id, "guidance": GUIDANCE_SCALE}
+    facts["prompt"] = json.dumps((prompts or ["a photo"])[0], ensure_ascii=False)
     facts |= {"base": base if on_hub[base] else Path(base).name, "source": data if on_hub[data] else "local pictures"}
     card = MODEL_CARD.format(**plan | facts, pictures=pictures)
     hub.ModelCard(f"---\n{metadata}\n---\n{card}").save(output_dir / "README.md")
@@ -749,16 +744,21 @@ def save_model_card(args, repo_id: str, size: int | None, global_step: int, plan
 
 def push(repo_id: str, output_dir: Path, global_step: int, token: str | None):
     """Uploads what a user of the model needs, and nothing else; while the Hub is out of order, it tries again."""
-    wanted = ["README.md", "*.png", f"samples/update-{global_step:07d}-*", "model_index.json", "prior_pipeline/*"]
-    wanted += sorted(f"{path.parent.name}/*" for path in output_dir.glob("*/*config.json"))
+    wanted = ["README.md", "model_index.json", "grid.png", "loss.png", f"samples/update-{global_step:07d}-*"]
+    parts = wuerstchen.WuerstchenCombinedPipeline.__init__.__annotations__
+    wanted += [f"{name}/*" for name in ("prior_pipeline", *parts)]
     what = {"repo_id": repo_id, "folder_path": output_dir, "allow_patterns": wanted, "token": token}
     for wait in (*PUSH_WAITS, None):
-        try:
+        try:  # the prior's weights first, so that their second copy is found to be there already
+            weights = [hub.CommitOperationAdd(file.name, file) for file in output_dir.glob("prior_*/*/*.safetensors")]
+            hub.preupload_lfs_files(repo_id, weights, token=token)
             return hub.upload_folder(**what, commit_message="End of training")
         except Exception as error:
             problem, status = error, getattr(getattr(error, "response", None), "status_code", 500)
         if wait is None or (400 <= status < 500 and status not in (408, 429)):
-            way = shlex.join(["hf", "upload", repo_id, str(output_dir), ".", "--include", *wanted])
+            way = shlex.join(
+                ["hf", "upload", repo_id, str(output_dir), ".", *(f"--include={path}" for path in wanted)]
+            )
             raise SystemExit(f"--push_to_hub: {problem}\nAll of it is in {output_dir}; to push it later: {way}")
         logger.warning(f"The upload failed ({type(problem).__name__}); it is tried again in {wait} seconds")
         time.sleep(wait)
@@ -778,12 +778,11 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         kwargs_handlers=[accelerate.utils.InitProcessGroupKwargs(timeout=VALIDATION_TIMEOUT)],
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    for library in ("accelerate", "httpx"):  # the latter would tell of each request
+        logging.getLogger(library).setLevel(logging.WARNING)
     diffusers.utils.logging.set_verbosity_error()  # it would say of each pipeline that it is deprecated
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    diffusers.utils.logging.disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if accelerator.mixed_precision != "no" and not accelerator.native_amp:
         logger.warning(f"{accelerator.device} cannot do {accelerator.mixed_precision}: everything is in float32")
     # An update that fp16's scaler skips counts as one, so that the rate stays a function of the update.
@@ -858,7 +857,7 @@ def main(argv: list[str] | None = None):
         text_encoder = image_encoder = None  # and so out of memory
     held_out = None
     if args.validation_split:
-        size = args.validation_split if args.validation_split < 1 else int(args.validation_split)
+        size = args.validation_split if args.validation_split % 1 else int(args.validation_split)
         with blaming("--validation_split", args.validation_split):
             dataset, held_out = dataset.train_test_split(size, seed=seed).values()
     noise_scheduler = DDPMWuerstchenScheduler()
@@ -916,8 +915,8 @@ def main(argv: list[str] | None = None):
     run = SimpleNamespace(accelerator=accelerator, args=args, seed=seed, prior=whole_prior, ema_prior=ema_prior)
     run.noise_scheduler, run.encode, run.decoder, run.held_out = noise_scheduler, encode, None, held_out_loader
     run.empty_embeds, *run.prompt_embeds = embeds
-    if not checkpoint:
-        log_validation(run, 0)
+    if not checkpoint or state.get("due"):  # a run that was ended right after its checkpoint has not done it
+        log_validation(run, global_step)
 
     batches, bad_rows = iter(train_dataloader), set()
     prior.train()
@@ -967,20 +966,20 @@ def main(argv: list[str] | None = None):
             progress.set_postfix_str(f"loss {train_loss:.4f}, lr {rate:.2e}, {speed:.1f} images/s", refresh=False)
             progress.update()
 
+            ended = range((seen - samples_per_update) // len(dataset), seen // len(dataset))  # the epochs, from 0
+            due = any(epoch % args.validation_epochs == 0 for epoch in ended)
+            if args.validation_steps:
+                due = global_step % args.validation_steps == 0
             if global_step % args.checkpointing_steps == 0 or stop:
-                state = {"global_step": global_step, "plan": plan, "run_id": run_id}
+                state = {"global_step": global_step, "plan": plan, "run_id": run_id, "due": due}
                 save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit)
             if stop:
                 logger.info("Stopped; the same command with --resume_from_checkpoint=latest goes on")
                 accelerator.end_training()
                 del batches  # and with it the reading processes
                 sys.exit(128 + max(signals, default=signal.SIGTERM))
-            ended = range((seen - samples_per_update) // len(dataset), seen // len(dataset))  # the epochs, from 0
             if ended and bad_rows:
                 logger.warning(f"{len(bad_rows)} rows left out so far, at the end of epoch {ended[-1] + 1}")
-            due = any(epoch % args.validation_epochs == 0 for epoch in ended)
-            if args.validation_steps:
-                due = global_step % args.validation_steps == 0
             if due and global_step < max_train_steps:
                 log_validation(run, global_step)
 

@@ -32,6 +32,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 LARGE_SUFFIXES = {".arrow", ".bin", ".jpg", ".npy", ".parquet", ".png", ".pt", ".safetensors", ".webp", ".zip"}
 LARGE_SIZE = 5_000_000  # bytes; the client takes files that are not "large" to be no larger than this
 PIECE = 1 << 20  # bytes of a file that are in memory at a time
+CUT = -1  # `HubServer.fail` returns it to have the connection closed in the middle of the request's body
 
 REPO = r"(?P<repo_id>[^/]+(?:/[^/]+)??)"  # as short as the rest of the address allows
 API = rf"/api/(?P<repo_type>model|dataset|space)s/{REPO}"
@@ -109,7 +110,8 @@ class HubServer:
     xet: have the client upload large files by Xet, its default, into a folder, instead of by LFS.
     repos: "user/name", or "datasets/user/name", -> {"type", "id", "private", "commits": [oldest, ..., newest]}.
     requests: (method, path without the query, Authorization header or None) of every request so far.
-    fail: function of (method, path); a status it returns is the answer, with a web page as gateways send.
+    fail: function of (method, path); a status it returns is the answer, with a web page as gateways send. After CUT
+        there is none, and only half of what the client sends is read.
     """
 
     def __init__(self, folder, tokens=None, xet=False):
@@ -198,8 +200,12 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path, self.headers["Authorization"]))
         with tempfile.NamedTemporaryFile(dir=self.hub.folder) as self.body:
             try:
-                self.receive()  # always, or the connection's next request would begin inside this one's body
-                if status := self.hub.fail(self.command, path):
+                status = self.hub.fail(self.command, path)
+                self.receive(2 if status == CUT else 1)  # or the next request would begin inside this one's body
+                if status == CUT:
+                    self.close_connection = True
+                    return
+                if status:
                     return self.reply(status, b"<html><body>injected failure</body></html>")
                 token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
                 if token and token not in self.hub.tokens:
@@ -218,11 +224,11 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def receive(self):
+    def receive(self, divisor):
         if self.headers["Transfer-Encoding"]:
             self.close_connection = True
             raise HubError(411, "hub_server takes no body without a Content-Length")
-        left = int(self.headers["Content-Length"] or 0)
+        left = int(self.headers["Content-Length"] or 0) // divisor
         while left and (piece := self.rfile.read(min(left, PIECE))):
             self.body.write(piece)
             left -= len(piece)

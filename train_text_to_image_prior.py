@@ -174,9 +174,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--compile is not built yet: leave it out")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`")
-    available = {str(tracker) for tracker in get_available_trackers()} | {"all", "none"}
-    for name in set(args.report_to.split(",")) - available:
-        parser.error(f"--report_to={name} is not installed; there is {', '.join(sorted(available))}")
+    available = [*map(str, get_available_trackers()), "all", "none"]
+    for name in set(args.report_to.split(",")) - set(available):
+        parser.error(f"--report_to={name} is not installed; there is {', '.join(available)}")
     return args
 
 

@@ -49,7 +49,7 @@ PUBLISHED_FILE = "model_v2_stage_b.pt"
 BAD_ROWS_IN_A_ROW = 12  # so many broken rows drawn one after the other mean that most of the data set is broken
 PUBLISHED_KEY = "effnet_state_dict"
 ENCODING_BATCH, ENCODING_PIECE = 32, 2048  # rows that are encoded at once, and that are kept as one file, at least
-ENCODING_PIECES = 256  # such files, at most, since each stays open
+ENCODING_PIECES = 256  # such files, at most
 
 
 class EfficientNetEncoder(ModelMixin, ConfigMixin):
@@ -354,6 +354,7 @@ def fingerprint(*parts) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, nn.Module):
+            digest.update(repr(part).encode())  # which tells activations and strides
             for name, tensor in part.state_dict().items():
                 digest.update(name.encode() + to_bytes(tensor.cpu()))
         else:
@@ -439,6 +440,7 @@ def encode_once(
             encodings,
             features=datasets.Features(columns),
             cache_dir=cache_dir,
+            writer_batch_size=ENCODING_BATCH,  # the default, 1000 rows, is 200 MB and more
             gen_kwargs=given | {"skip_bad_rows": skip_bad_rows, "progress": progress},
             fingerprint=f"{key}-{piece.start}-{piece.stop}",
         )

@@ -213,7 +213,7 @@ def load_train_dataset(args: argparse.Namespace, seed: int) -> datasets.Dataset:
     with blaming("--image_column", args.image_column):
         dataset = encoding.keep_encoded(dataset, args.image_column)
     with blaming("--caption_column", args.caption_column):
-        dataset = dataset.select_columns(list({args.image_column, encoding.find_column(dataset, args.caption_column)}))
+        dataset = dataset.select_columns([args.image_column, encoding.find_column(dataset, args.caption_column)])
     if args.max_train_samples is not None:
         if args.max_train_samples > len(dataset):
             logger.warning(f"--max_train_samples={args.max_train_samples}: all {len(dataset)} rows are used")

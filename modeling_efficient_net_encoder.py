@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What comes before the prior: the image encoder of Würstchen, an EfficientNetV2 whose features are mapped to 16
-normalised channels; how a data set's rows are read, and in which order; and what encoders give for them, kept on disk.
+normalised channels; how a data set's rows are read, and in which order; what encoders give for them, kept on disk. And
+the two pictures that show how a run goes.
 
 The published weights are one entry, `effnet_state_dict`, of the multi-gigabyte training file `model_v2_stage_b.pt`
 in the Hub repo dome272/wuerstchen. `EfficientNetEncoder.load` takes it from there; `save_pretrained` keeps the 80 MB
@@ -15,6 +16,7 @@ import os
 import random
 import signal
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
@@ -47,6 +49,7 @@ TILE, SHEET_COLUMNS = 192, 12  # the contact sheet's pictures: pixels a side, up
 STRIP = 8  # a picture longer than this times its width is cut to it before it is resized
 PUBLISHED_FILE = "model_v2_stage_b.pt"
 BAD_ROWS_IN_A_ROW = 12  # so many broken rows drawn one after the other mean that most of the data set is broken
+SAME_STOP = 2.0  # seconds in which two SIGTERMs are one: a scheduler and torchrun may both send it
 PUBLISHED_KEY = "effnet_state_dict"
 ENCODING_BATCH, ENCODING_PIECE = 32, 2048  # rows that are encoded at once, and that are kept as one file, at least
 ENCODING_PIECES = 256  # such files, at most
@@ -184,7 +187,10 @@ def decode_picture(value: dict, folders: list[Path] | None = None) -> Image.Imag
     """
     path = (value or {}).get("path")
     if folders is not None and path and not value["bytes"] and "://" not in path:
-        inside = (Path(path).absolute().is_relative_to(folder.resolve()) for folder in folders)
+        places = [
+            place for folder in folders for place in (folder.absolute(), folder.resolve())
+        ]  # caches may be links
+        inside = (Path(path).absolute().is_relative_to(place) for place in places)
         if ".." in Path(path).parts or not any(inside):
             raise ValueError(f"the picture ({path}) lies outside the data set's folder")
     try:
@@ -232,9 +238,40 @@ def contact_sheet(folder: Path, prompts: list[str]) -> Image.Image:
     return sheet
 
 
+def loss_curve(rows: list[dict[str, float]]) -> Image.Image:
+    """Losses by update: those of training (`train_loss`, grey), their running mean (blue), held-out ones (red)."""
+    train, held_out = ([(row["update"], row[k]) for row in rows if k in row] for k in ("train_loss", "val_loss"))
+    means = train[:1]
+    for count, (update, loss) in enumerate(train[1:], 2):
+        means.append((update, means[-1][1] + (loss - means[-1][1]) * max(1 / count, 0.02)))
+    shown = means + held_out or [(1, 1.0)]
+    last, top = max(1, *(update for update, _ in shown)), 1.2 * max(loss for _, loss in shown) or 1
+    plot = Image.new("RGB", (1000, 500), "white")
+    pen = ImageDraw.Draw(plot)
+    for points, colour, width in ((train, "lightgrey", 1), (means, "blue", 2), (held_out, "red", 3)):
+        pen.line([(60 + 920 * u / last, 470 - 450 * min(loss / top, 1)) for u, loss in points], colour, width)
+    for tick in range(6):
+        pen.text((4, 464 - 90 * tick), f"{top * tick / 5:.3g}", "black")
+        pen.text((60 + 180 * tick, 480), f"{last * tick / 5:.0f}", "black")
+    return plot
+
+
 def normalize_pixels(image: Image.Image) -> torch.Tensor:
     """A picture as the encoder takes it: (3, H, W) float32, normalised by ImageNet's mean and deviation."""
     return transforms.normalize(transforms.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def split_rows(rows: datasets.Dataset, held_out: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The rows to train on and those held out, a number or, below 1, a share of them, drawn with the seed.
+
+    Like `train_test_split` of `datasets`, which would write into the data set's folder. Raises ValueError if there are
+    too few rows, or their number is not whole.
+    """
+    count = math.ceil(held_out * len(rows)) if held_out < 1 else held_out
+    if count % 1 or count >= len(rows):
+        raise ValueError(f"there are {len(rows)} rows; give a smaller whole number, or a share below 1")
+    drawn = rows.shuffle(seed=seed, keep_in_memory=True)
+    return drawn.select(range(int(count), len(rows))), drawn.select(range(int(count)))
 
 
 def check_captions(captions, picture: dict | None) -> list[str]:
@@ -321,11 +358,14 @@ def next_batch(batches, device: torch.device, bad_rows: set) -> dict:
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """Within it, SIGTERM and SIGINT are put into the list, for the loop to look at; a second one ends the process."""
-    received = []
+    received, received_at = [], [-math.inf]
 
     def note(number, frame):
+        if number == signal.SIGTERM and time.monotonic() - received_at[0] < SAME_STOP:
+            return
         if received:
             os._exit(128 + number)
+        received_at[0] = time.monotonic()
         received.append(number)
         os.write(2, b"\nStopping after this update; another signal stops at once.\n")
 
@@ -401,18 +441,7 @@ def encodings(loader, first: int, tokenize, encode, skip_bad_rows: bool, progres
         progress.update(len(batch))
 
 
-def encode_once(
-    accelerator,
-    rows: datasets.Dataset,
-    cache_dir,
-    skip_bad_rows,
-    *,
-    read,
-    tokenize,
-    encode,
-    key: str,
-    num_workers: int,
-):
+def encode_once(accelerator, rows: datasets.Dataset, key: str, read, tokenize, encode, args) -> datasets.Dataset:
     """A data set of what the encoders give for `rows`: made once, kept on disk under `key`, and mapped from there.
 
     The ranks share the work out. It is kept in pieces, each written aside and then renamed by `datasets`, so that a
@@ -420,11 +449,11 @@ def encode_once(
 
     Args:
         read: gives a row's pixels and captions, in the loader's processes. What it raises becomes the row's `problem`
-            or, without `skip_bad_rows`, ends the pass.
+            or, without `--skip_bad_rows`, ends the pass.
         tokenize: makes captions tokens and their mask.
         encode: takes a batch of those and pixels, as training does, and gives embeddings and latents.
     """
-    loading = {"collate_fn": list, "num_workers": num_workers, "worker_init_fn": ignore_signals}
+    loading = {"collate_fn": list, "num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_signals}
     kind = datasets.Value("large_binary")
     columns = {"latents": kind, "prompt_embeds": datasets.List(kind), "problem": datasets.Value("string")}
     size = max(ENCODING_PIECE, math.ceil(len(rows) / ENCODING_PIECES))
@@ -439,9 +468,9 @@ def encode_once(
         return datasets.Dataset.from_generator(
             encodings,
             features=datasets.Features(columns),
-            cache_dir=cache_dir,
+            cache_dir=args.cache_dir,
             writer_batch_size=ENCODING_BATCH,  # the default, 1000 rows, is 200 MB and more
-            gen_kwargs=given | {"skip_bad_rows": skip_bad_rows, "progress": progress},
+            gen_kwargs=given | {"skip_bad_rows": args.skip_bad_rows, "progress": progress},
             fingerprint=f"{key}-{piece.start}-{piece.stop}",
         )
 

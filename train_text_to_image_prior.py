@@ -46,7 +46,7 @@ from diffusers import DDPMWuerstchenScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image, ImageDraw
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -66,12 +66,9 @@ logger = get_logger(__name__, log_level="INFO")
 # The published prior pipeline undoes the scaling of its latents with these: latents * LATENT_MEAN - LATENT_STD.
 LATENT_MEAN, LATENT_STD = 42.0, 1.0
 STATE_FILE = "trainer_state.json"  # written last into a checkpoint, so that one without it is torn
-CACHES = (
-    datasets.config.HF_DATASETS_CACHE,
-    hub.constants.HF_HUB_CACHE,
-)  # where pictures of the Hub's data sets may lie
+CACHES = (datasets.config.HF_DATASETS_CACHE, hub.constants.HF_HUB_CACHE)  # may hold pictures of the Hub's data sets
 SMALLEST_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has gone wrong
-VALIDATION_TIMEOUT = timedelta(hours=3)  # other ranks wait this long while the first saves or downloads
+VALIDATION_TIMEOUT = timedelta(hours=3)  # of every collective: other ranks wait while the first saves or downloads
 GUIDANCE_SCALE = 4.0  # of validation pictures: the guide's `prior_guidance_scale`
 LOSS_BANDS = 4  # equal parts of [0, 1), the timesteps, that the held-out loss is told for
 PUSH_WAITS = (10, 30, 60, 300, 900)  # seconds between tries to upload while the Hub is out of order
@@ -184,7 +181,8 @@ def recipe_of(args: argparse.Namespace) -> str:
     """What was set, for all to see: without the token, and without what only means something on this machine."""
     hidden = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir", "dataloader_num_workers", "local_rank")
     told = {name: v for name, v in vars(args).items() if name not in hidden and v is not None and v is not False}
-    return " ".join(f"--{name}={value}" for name, value in told.items() if not os.path.exists(str(value)))
+    shown = {name: v for name, v in told.items() if not (isinstance(v, str) and os.path.exists(v))}
+    return " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in shown.items())
 
 
 @contextmanager
@@ -202,7 +200,7 @@ def blaming(flag: str, value):
 
 # ----------------------------------------------------------------------------------------------------- data
 def load_train_dataset(args: argparse.Namespace, seed: int) -> datasets.Dataset:
-    """The rows to train on, their pictures still encoded, so that reading a row cannot fail on a broken picture."""
+    """The rows to train on, their pictures still encoded: `read_row` decodes them."""
     name, folder = args.dataset_name, args.train_data_dir
     if name is not None and folder is not None:
         logger.warning(f"--train_data_dir={folder} is not used: --dataset_name is given too")
@@ -217,7 +215,8 @@ def load_train_dataset(args: argparse.Namespace, seed: int) -> datasets.Dataset:
     if args.max_train_samples is not None:
         if args.max_train_samples > len(dataset):
             logger.warning(f"--max_train_samples={args.max_train_samples}: all {len(dataset)} rows are used")
-        dataset = dataset.shuffle(seed=seed).select(range(min(args.max_train_samples, len(dataset))))
+        count = min(args.max_train_samples, len(dataset))
+        dataset = dataset.shuffle(seed=seed, keep_in_memory=True).select(range(count))
     return dataset
 
 
@@ -254,8 +253,7 @@ def collate_fn(examples: list[dict]) -> dict:
     problems = [example["problem"] for example in examples if "problem" in example]
     if problems:
         return {"problem": problems[0]}
-    tensors = [name for name, value in examples[0].items() if torch.is_tensor(value)]
-    batch = {name: torch.stack([example[name] for example in examples]) for name in tensors}
+    batch = {name: torch.stack([e[name] for e in examples]) for name, v in examples[0].items() if torch.is_tensor(v)}
     batch["rows"] = [example["row"] for example in examples]
     batch["bad_rows"] = {row: text for example in examples for row, text in example["bad_rows"].items()}
     return batch
@@ -317,12 +315,11 @@ def cache_encodings(accelerator, dataset, tokenizer, text_encoder, image_encoder
     settings = (args.image_column, args.caption_column, args.resolution, text_encoder.dtype)
     code = (read_row, tokenize_captions, embed_tokens, encode_batch, *encoding.READING)
     parts = (settings, tokenizer.backend_tokenizer.to_str(), text_encoder, image_encoder, *code)
-    steps = {"key": encoding.fingerprint(dataset._fingerprint, *parts), "num_workers": args.dataloader_num_workers}
-    steps |= {"read": functools.partial(read_row, args=args)}
-    steps |= {"tokenize": functools.partial(tokenize_captions, tokenizer=tokenizer)}
-    steps |= {"encode": functools.partial(encode_batch, text_encoder, image_encoder)}
-    with blaming("--cache_latents: --cache_dir", args.cache_dir or datasets.config.HF_DATASETS_CACHE):
-        return encoding.encode_once(accelerator, dataset, args.cache_dir, args.skip_bad_rows, **steps)
+    key = encoding.fingerprint(dataset._fingerprint, *parts)
+    read, tokenize = functools.partial(read_row, args=args), functools.partial(tokenize_captions, tokenizer=tokenizer)
+    encode = functools.partial(encode_batch, text_encoder, image_encoder)
+    with blaming("--cache_latents", f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"):
+        return encoding.encode_once(accelerator, dataset, key, read, tokenize, encode, args)
 
 
 def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
@@ -345,8 +342,8 @@ def draw_timesteps(count: int, sampling: str, device: torch.device) -> torch.Ten
 def loss_weights(weighting: str, noise_scheduler: DDPMWuerstchenScheduler, timesteps: torch.Tensor) -> torch.Tensor:
     """The weight of each sample's loss, (B,): 1, or P2 weighting (arXiv:2204.00227) with k = gamma = 1, Würstchen's,
     which is 1 / (1 + SNR) = 1 - alpha_bar(t)."""
-    deviation = noise_scheduler.add_noise(torch.zeros_like(timesteps), torch.ones_like(timesteps), timesteps)
-    return torch.ones_like(timesteps) if weighting == "none" else deviation**2
+    zeros, ones = torch.zeros_like(timesteps), torch.ones_like(timesteps)
+    return ones if weighting == "none" else noise_scheduler.add_noise(zeros, ones, timesteps) ** 2
 
 
 def make_ema(args, prior: torch.nn.Module, checkpoint: Path | None) -> EMAModel:
@@ -361,7 +358,7 @@ def make_ema(args, prior: torch.nn.Module, checkpoint: Path | None) -> EMAModel:
 @contextmanager
 def averaged_weights(accelerator: Accelerator, prior: torch.nn.Module, ema_prior: EMAModel | None, use_ema: bool):
     """Within it, the prior of every rank holds the average of its weights, which the first rank keeps, if any does."""
-    kept = [parameter.detach().cpu().clone() for parameter in prior.parameters()] if use_ema else []
+    kept = [parameter.detach().to("cpu", copy=True) for parameter in prior.parameters()] if use_ema else []
     if ema_prior is not None:
         ema_prior.copy_to(prior.parameters())
     pairs = list(zip(prior.parameters(), kept, strict=use_ema))
@@ -516,7 +513,7 @@ def draw_pictures(run: SimpleNamespace, global_step: int) -> list[Image.Image]:
                 draw = torch.Generator().manual_seed(run.seed)
                 latents = pipeline(prompt_embeds=embeds, generator=draw, **settings).image_embeddings
                 pictures += run.decoder(latents, prompt, guidance_scale=0.0, generator=draw).images
-    except Exception as error:  # it must not end a run
+    except Exception as error:  # it must not end a run, so nothing above may wait for other ranks
         advice = " (a smaller --train_batch_size leaves more memory)" if "out of memory" in str(error) else ""
         failures.append(f"{type(error).__name__}: {error}{advice}")
     if run.decoder is not None and device.type != "cpu":
@@ -532,11 +529,11 @@ def draw_pictures(run: SimpleNamespace, global_step: int) -> list[Image.Image]:
 def held_out_loss(run: SimpleNamespace) -> dict[str, float]:
     """The mean loss of the held-out rows, over all and for each band of timesteps. The draws are always the same: a
     row's noise follows from its number, and the rows' timesteps divide [0, 1) evenly."""
-    device, rows, bad_rows = run.accelerator.device, len(run.held_out.dataset.rows), set()
+    device, rows = run.accelerator.device, len(run.held_out.dataset.rows)
     sums = torch.zeros(2, LOSS_BANDS, device=device)  # of losses and of samples
     batches = iter(tqdm(run.held_out, "Held-out loss", leave=False, disable=not run.accelerator.is_main_process))
     for _ in range(len(run.held_out)):
-        batch = encoding.next_batch(batches, device, bad_rows)
+        batch = encoding.next_batch(batches, device, run.bad_rows)
         prompt_embeds, latents = run.encode(batch)
         image_embeds = (latents.float() + LATENT_STD) / LATENT_MEAN
         draws = [torch.Generator().manual_seed(encoding.draw_seed(run.seed, "held out", row)) for row in batch["rows"]]
@@ -557,19 +554,21 @@ def log_validation(run: SimpleNamespace, global_step: int):
     """Draws the prompts and measures the held-out loss, unless a run that this one goes on with has: without dropout,
     with the averaged weights if there are any. It touches nothing that training draws from."""
     output_dir = Path(run.args.output_dir)
-    done = any("val_loss" in row for row in read_losses(output_dir) if row["update"] == global_step)
-    done |= any(output_dir.glob(f"samples/update-{global_step:07d}-*"))
+    picture = output_dir / "samples" / f"update-{global_step:07d}-prompt-{len(run.prompt_embeds) - 1}.png"
+    losses = [row for row in read_losses(output_dir) if row["update"] == global_step and "val_loss" in row]
+    done = bool(losses) if run.held_out else picture.exists()  # the loss is logged last
     (done,) = accelerate.utils.broadcast_object_list([done])
     if not done and (run.prompt_embeds or run.held_out):
         run.prior.eval()
         with averaged_weights(run.accelerator, run.prior, run.ema_prior, run.args.use_ema):
             pictures = draw_pictures(run, global_step) if run.prompt_embeds else []
-            log_numbers(run.accelerator, held_out_loss(run) if run.held_out else {}, global_step)
+            numbers = held_out_loss(run) if run.held_out else {}
         run.prior.train()
         if run.accelerator.is_main_process:
             log_pictures(run.accelerator, run.args, pictures, global_step)
+        log_numbers(run.accelerator, numbers, global_step)
     if run.accelerator.is_main_process:
-        draw_curve(output_dir)
+        encoding.loss_curve(read_losses(output_dir)).save(output_dir / "loss.png")
 
 
 def log_numbers(accelerator: Accelerator, numbers: dict[str, float], global_step: int):
@@ -589,7 +588,8 @@ def read_losses(output_dir: Path) -> list[dict[str, float]]:
 def forget_what_follows(output_dir: Path, global_step: int):
     """Takes out of loss.jsonl and samples/ what a run that goes on after update `global_step` will write again."""
     rows = [row for row in read_losses(output_dir) if row["update"] <= global_step]
-    (output_dir / "loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (output_dir / ".loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (output_dir / ".loss.jsonl").replace(output_dir / "loss.jsonl")
     for file in (output_dir / "samples").glob("update-*.png"):
         if int(file.name.split("-")[1]) > global_step:
             file.unlink()
@@ -618,28 +618,10 @@ def log_pictures(accelerator: Accelerator, args, pictures: list[Image.Image], gl
         text = PngInfo()
         text.add_itxt("prompt", prompt)
         text.add_itxt("settings", f"{recipe_of(args)}, prior_guidance_scale={GUIDANCE_SCALE}")
-        picture.save(samples / f"update-{global_step:07d}-prompt-{index}.png", pnginfo=text)
+        picture.save(samples / "part.png", pnginfo=text)  # and then renamed, so that a kill leaves no half of one
+        (samples / "part.png").rename(samples / f"update-{global_step:07d}-prompt-{index}.png")
     if named:
         encoding.contact_sheet(samples, args.validation_prompts).save(samples / "contact-sheet.png")
-
-
-def draw_curve(output_dir: Path):
-    """loss.jsonl as a picture, loss.png: the training loss (grey), its running mean (blue), held-out loss (red)."""
-    rows, names = read_losses(output_dir), ("train_loss", "val_loss")
-    train, held_out = ([(row["update"], row[name]) for row in rows if name in row] for name in names)
-    means = train[:1]
-    for count, (update, loss) in enumerate(train[1:], 2):
-        means.append((update, means[-1][1] + (loss - means[-1][1]) * max(1 / count, 0.02)))
-    shown = means + held_out or [(1, 1.0)]
-    last, top = max(1, *(update for update, _ in shown)), 1.2 * max(loss for _, loss in shown) or 1
-    plot = Image.new("RGB", (1000, 500), "white")
-    pen = ImageDraw.Draw(plot)
-    for points, colour, width in ((train, "lightgrey", 1), (means, "blue", 2), (held_out, "red", 3)):
-        pen.line([(60 + 920 * u / last, 470 - 450 * min(loss / top, 1)) for u, loss in points], colour, width)
-    for tick in range(6):
-        pen.text((4, 464 - 90 * tick), f"{top * tick / 5:.3g}", "black")
-        pen.text((60 + 180 * tick, 480), f"{last * tick / 5:.0f}", "black")
-    plot.save(output_dir / "loss.png")
 
 
 # ----------------------------------------------------------------------------------------------- publishing
@@ -647,6 +629,8 @@ def save_parts(parts: dict, folder: Path):
     """Saves parts of a pipeline under their names; of a tokenizer also the files that transformers 4 reads."""
     for name, part in parts.items():
         shutil.rmtree(folder / name, ignore_errors=True)
+        if isinstance(part, diffusers.ModelMixin):
+            part.register_to_config(_name_or_path="")  # it would tell where it lay on this machine
         part.save_pretrained(folder / name)
         if isinstance(part, CLIPTokenizerFast):
             part.backend_tokenizer.model.save(str(folder / name))  # vocab.json and merges.txt
@@ -756,9 +740,8 @@ def push(repo_id: str, output_dir: Path, global_step: int, token: str | None):
         except Exception as error:
             problem, status = error, getattr(getattr(error, "response", None), "status_code", 500)
         if wait is None or (400 <= status < 500 and status not in (408, 429)):
-            way = shlex.join(
-                ["hf", "upload", repo_id, str(output_dir), ".", *(f"--include={path}" for path in wanted)]
-            )
+            include = [f"--include={path}" for path in wanted]
+            way = shlex.join(["hf", "upload", repo_id, str(output_dir), ".", *include])
             raise SystemExit(f"--push_to_hub: {problem}\nAll of it is in {output_dir}; to push it later: {way}")
         logger.warning(f"The upload failed ({type(problem).__name__}); it is tried again in {wait} seconds")
         time.sleep(wait)
@@ -829,10 +812,16 @@ def main(argv: list[str] | None = None):
     output_dir = Path(args.output_dir)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     state = json.loads((checkpoint / STATE_FILE).read_text()) if checkpoint else {"global_step": 0, "plan": {}}
-    global_step, run_id = state["global_step"], state.get("run_id") or f"{random.getrandbits(40):010x}"
+    global_step = state["global_step"]
     seed = args.seed if args.seed is not None else state["plan"].get("seed", random.getrandbits(31))
-    (seed,) = accelerate.utils.broadcast_object_list([seed])
+    seed, first_step = accelerate.utils.broadcast_object_list([seed, global_step])
+    if first_step != global_step:
+        raise SystemExit(
+            f"--output_dir={output_dir}: not every node sees the same checkpoints there; share the folder"
+        )
     others = other_checkpoints(output_dir, checkpoint)
+    branched = others or (checkpoint and checkpoint.parent != output_dir.resolve())  # wandb drops steps it has had
+    run_id = (None if branched else state.get("run_id")) or f"{random.getrandbits(40):010x}"
     if others and not args.overwrite_output_dir:
         ways = "--resume_from_checkpoint=latest goes on with it, --overwrite_output_dir deletes it"
         raise SystemExit(f"--output_dir={output_dir} holds {others[-1].name} of an earlier run: {ways}")
@@ -857,10 +846,11 @@ def main(argv: list[str] | None = None):
         text_encoder = image_encoder = None  # and so out of memory
     held_out = None
     if args.validation_split:
-        size = args.validation_split if args.validation_split % 1 else int(args.validation_split)
         with blaming("--validation_split", args.validation_split):
-            dataset, held_out = dataset.train_test_split(size, seed=seed).values()
+            dataset, held_out = encoding.split_rows(dataset, args.validation_split, seed)
     noise_scheduler = DDPMWuerstchenScheduler()
+    for name in ("s", "_init_alpha_cumprod"):  # it would copy them to the device, and wait, at each use
+        setattr(noise_scheduler, name, getattr(noise_scheduler, name).to(device))
     ema_prior = None
     if args.use_ema and accelerator.is_main_process:
         ema_prior = make_ema(args, prior, checkpoint)
@@ -896,10 +886,9 @@ def main(argv: list[str] | None = None):
     if accelerator.is_main_process:
         goes_on = {"tensorboard": {"purge_step": global_step + 1 if checkpoint else 0}}
         goes_on |= {"wandb": {"id": run_id, "resume": "allow"}}
-        plain = {
-            n: v if isinstance(v, (int, float, str)) else str(v) for n, v in vars(args).items() if n != "hub_token"
-        }
-        accelerator.init_trackers(args.tracker_project_name, plain | {"seed": seed}, goes_on)
+        told = {name: value for name, value in vars(args).items() if name != "hub_token"} | {"seed": seed}
+        plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in told.items()}
+        accelerator.init_trackers(args.tracker_project_name, plain, goes_on)
     logger.info(f"{len(dataset)} rows, {max_train_steps} updates of {samples_per_update} samples: {plan}, on {device}")
     if checkpoint:
         left = "going on" if global_step < max_train_steps else "nothing is left to train, only to save"
@@ -909,12 +898,12 @@ def main(argv: list[str] | None = None):
     whole_prior, held_out_loader = accelerator.unwrap_model(prior), None
     if held_out:
         batches = encoding.held_out_batches(len(held_out), args.train_batch_size, rank, ranks)
-        plain = argparse.Namespace(**vars(args) | {"caption_dropout": 0.0, "random_crop": False, "random_flip": False})
-        samples = encoding.TrainSamples(held_out, functools.partial(preprocess, args=plain), seed, args.skip_bad_rows)
+        same = argparse.Namespace(**vars(args) | {"caption_dropout": 0.0, "random_crop": False, "random_flip": False})
+        samples = encoding.TrainSamples(held_out, functools.partial(preprocess, args=same), seed, args.skip_bad_rows)
         held_out_loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, **loading)
     run = SimpleNamespace(accelerator=accelerator, args=args, seed=seed, prior=whole_prior, ema_prior=ema_prior)
     run.noise_scheduler, run.encode, run.decoder, run.held_out = noise_scheduler, encode, None, held_out_loader
-    run.empty_embeds, *run.prompt_embeds = embeds
+    run.bad_rows, run.empty_embeds, *run.prompt_embeds = set(), *embeds
     if not checkpoint or state.get("due"):  # a run that was ended right after its checkpoint has not done it
         log_validation(run, global_step)
 
@@ -960,8 +949,7 @@ def main(argv: list[str] | None = None):
             speed = samples_per_update / (time.perf_counter() - started)
             log = {"train_loss": train_loss, "lr": rate, "grad_norm": grad_norm, "images_per_second": speed}
             log["epoch"] = seen / len(dataset)
-            if device.type == "cuda":
-                log["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            log |= {"memory_gib": torch.cuda.max_memory_reserved() / 2**30} if device.type == "cuda" else {}
             log_numbers(accelerator, log, global_step)
             progress.set_postfix_str(f"loss {train_loss:.4f}, lr {rate:.2e}, {speed:.1f} images/s", refresh=False)
             progress.update()

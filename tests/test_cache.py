@@ -679,8 +679,8 @@ ALONE = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, 
 
 
 def encode_once(rows, folder, accelerator=ALONE, read=None, tokenize=None, encode=None):
-    given = {"accelerator": accelerator, "rows": rows, "read": read, "tokenize": tokenize, "encode": encode}
-    return encoding.encode_once(key="key", cache_dir=str(folder), skip_bad_rows=False, num_workers=0, **given)
+    args = SimpleNamespace(cache_dir=str(folder), skip_bad_rows=False, dataloader_num_workers=0)
+    return encoding.encode_once(accelerator, rows, "key", read, tokenize, encode, args)
 
 
 def encode_numbers(count, folder):

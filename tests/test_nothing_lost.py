@@ -280,15 +280,16 @@ def test_a_run_killed_while_saving_ends_in_the_bits_of_the_unbroken_one(
         ("read_numbers", 5, 0),  # before the optimizer's step
         ("log_validation", 1, 0),  # with the average in the prior's place
         ("log_validation", 1, 2),  # while the pictures are written
-        ("save_prior_pipeline", 1, 3),  # the result half-written
-        ("save_pipeline", 1, 5),
+        ("save_result", 1, 3),  # the result half-written
+        ("save_parts", 3, 5),  # the decoder, after prior_pipeline/
         ("save_model_card", 1, 0),
     ],
 )
 def test_a_run_killed_at_any_other_moment_ends_in_the_same_bits(
     models, pictures, tmp_path, run_main, monkeypatch, unbroken, name, call, operation
 ):
-    original, calls = getattr(script, name), []
+    module = encoding if name == "next_batch" else script
+    original, calls = getattr(module, name), []
 
     def count(*args, **kwargs):
         calls.append(name)
@@ -300,7 +301,7 @@ def test_a_run_killed_at_any_other_moment_ends_in_the_same_bits(
 
     args = tiny_args(models, pictures, tmp_path / "run", **RUN, validation_prompts="a red apple", validation_epochs=1)
     with monkeypatch.context() as patch:
-        patch.setattr(script, name, count)
+        patch.setattr(module, name, count)
         killed = run_main([*args, "--resume_from_checkpoint=latest"])  # there is none: it starts anew
     assert killed.returncode == -9, killed
     result = run_main([*args, "--resume_from_checkpoint=latest"])

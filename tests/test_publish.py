@@ -314,7 +314,7 @@ def test_the_card_tells_what_was_trained_on_what_for_how_long_and_how(rich):
     card = rich.hub.files(rich.repo_id)["README.md"].decode()
     assert f"**{BASE}**, fine-tuned on **{DATA}**" in card
     assert "For 2 updates of 4 samples, 1.0 epochs of 8 rows, in 0.0 hours on 1 x\ncpu" in card
-    for setting in ("learning_rate=0.0001", "resolution=64", "use_ema=True", "seed=0", "train_batch_size=4"):
+    for setting in ("learning_rate=0.0001", "resolution=64", "use_ema ", "seed=0", "train_batch_size=4"):
         assert f"--{setting}" in card
     assert "hub_token" not in card
     for prompt in PROMPTS:

@@ -152,7 +152,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--validation_epochs", type=count, default=5, help="epochs between validations")
     flag("--validation_steps", type=count, help="updates between validations, instead of epochs")
     flag("--logging_dir", default="logs", help="the trackers' folder under --output_dir")
-    flag("--report_to", default="tensorboard", help="trackers by comma: tensorboard, wandb, comet_ml, ..., all, none")
+    names = {"type": lambda text: text.replace(" ", "") or "none", "default": "tensorboard"}
+    flag("--report_to", **names, help="trackers by comma: tensorboard, wandb, comet_ml, ..., all, none")
     flag("--tracker_project_name", default="text2image-fine-tune")
     flag("--push_to_hub", **on, help="upload the result at the end")
     flag("--hub_model_id", help="the repo to upload to; by default the name of --output_dir")
@@ -565,17 +566,19 @@ def log_validation(run: SimpleNamespace, global_step: int):
             numbers = held_out_loss(run) if run.held_out else {}
         run.prior.train()
         if run.accelerator.is_main_process:
-            log_pictures(run.accelerator, run.args, pictures, global_step)
+            with suppress(OSError):  # a full disk costs pictures, not the run
+                log_pictures(run.accelerator, run.args, pictures, global_step)
         log_numbers(run.accelerator, numbers, global_step)
     if run.accelerator.is_main_process:
-        encoding.loss_curve(read_losses(output_dir)).save(output_dir / "loss.png")
+        with suppress(OSError):
+            encoding.loss_curve(read_losses(output_dir)).save(output_dir / "loss.png")
 
 
 def log_numbers(accelerator: Accelerator, numbers: dict[str, float], global_step: int):
     """Hands numbers to the trackers, and appends them to loss.jsonl, a line an update."""
     accelerator.log(numbers, step=global_step)
     if accelerator.is_main_process and numbers:
-        with open(Path(accelerator.project_dir, "loss.jsonl"), "a") as file:
+        with suppress(OSError), open(Path(accelerator.project_dir, "loss.jsonl"), "a") as file:
             file.write(json.dumps({"update": global_step} | numbers) + "\n")
 
 

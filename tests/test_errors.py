@@ -170,6 +170,15 @@ def test_an_unknown_tracker_is_told_which_there_are(refused):
     refused("--report_to=aim is not installed.*tensorboard.*none", report_to="aim")
 
 
+@pytest.mark.parametrize(
+    ("given", "taken"), [("tensorboard, wandb", "tensorboard,wandb"), ("", "none"), (" none", "none")]
+)
+def test_trackers_may_be_named_with_spaces_and_none_in_two_ways(given, taken):
+    import train_text_to_image_prior as script
+
+    assert script.parse_args(["--train_data_dir=unused", f"--report_to={given}"]).report_to == taken
+
+
 def test_an_unknown_scheduler_is_told_which_there_are(refused):
     refused("--lr_scheduler: invalid choice: 'cosin'.*cosine.*constant", lr_scheduler="cosin")
 

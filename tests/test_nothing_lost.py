@@ -245,6 +245,20 @@ def test_a_run_on_a_disk_that_fills_up_says_so_at_the_end(models, pictures, tmp_
     assert "--output_dir" in result.output.splitlines()[-1] and "No space left" in result.output.splitlines()[-1]
 
 
+def test_a_disk_too_full_for_pictures_and_curves_does_not_end_a_run(
+    models, pictures, tmp_path, run_main, monkeypatch, unbroken
+):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(script.encoding, "contact_sheet", fail)
+    monkeypatch.setattr(script.encoding, "loss_curve", fail)
+    args = tiny_args(models, pictures, tmp_path / "run", **RUN, validation_prompts="a red apple", validation_epochs=1)
+    result = run_main(args)
+    assert result.returncode == 0, result
+    assert_same_bits(weights(tmp_path / "run"), unbroken)
+
+
 # ------------------------------------------------------------------------------------ killed and told to stop
 
 

@@ -290,6 +290,7 @@ def test_a_resumed_run_ends_in_the_bits_of_the_unbroken_one_and_encodes_nothing(
     assert_goes_on_as(on, run, update, 7)
 
 
+@pytest.mark.slow
 def test_the_reading_processes_change_no_bit(watched_train, tmp_path):
     flags = PIECES | {"cache_latents": True}
     runs = []

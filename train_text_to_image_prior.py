@@ -744,6 +744,8 @@ def push(repo_id: str, output_dir: Path, global_step: int, token: str | None):
             problem, status = error, getattr(getattr(error, "response", None), "status_code", 500)
         if wait is None or (400 <= status < 500 and status not in (408, 429)):
             include = [f"--include={path}" for path in wanted]
+            if hub.__version__ < "1":  # where the command takes all patterns after one flag
+                include = ["--include", *wanted]
             way = shlex.join(["hf", "upload", repo_id, str(output_dir), ".", *include])
             raise SystemExit(f"--push_to_hub: {problem}\nAll of it is in {output_dir}; to push it later: {way}")
         logger.warning(f"The upload failed ({type(problem).__name__}); it is tried again in {wait} seconds")

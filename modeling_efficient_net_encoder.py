@@ -8,6 +8,7 @@ in the Hub repo dome272/wuerstchen. `EfficientNetEncoder.load` takes it from the
 that matter, for `load` or `from_pretrained`.
 """
 
+import argparse
 import functools
 import hashlib
 import inspect
@@ -339,9 +340,14 @@ def micro_batches(first_step: int, last_step: int, plan: dict, rank: int) -> Ite
     return (range(start, start + size) for start in starts)
 
 
-def held_out_batches(rows: int, size: int, rank: int, ranks: int) -> list[range]:
-    """The positions of each of a rank's batches, which share out all rows once."""
-    return [range(start, min(start + size, rows)) for start in range(rank * size, rows, ranks * size)]
+def held_out_loader(rows: datasets.Dataset, preprocess, args, seed: int, rank: int, ranks: int, loading: dict):
+    """A DataLoader of the held-out rows, in batches that share them out among the ranks. Captions are not dropped, nor
+    pictures cropped or mirrored at random."""
+    size, plain = args.train_batch_size, {"caption_dropout": 0.0, "random_crop": False, "random_flip": False}
+    batches = [range(start, min(start + size, len(rows))) for start in range(rank * size, len(rows), ranks * size)]
+    preprocess = functools.partial(preprocess, args=argparse.Namespace(**vars(args) | plain))
+    samples = TrainSamples(rows, preprocess, seed, args.skip_bad_rows)
+    return torch.utils.data.DataLoader(samples, batch_sampler=batches, **loading)
 
 
 def next_batch(batches, device: torch.device, bad_rows: set) -> dict:

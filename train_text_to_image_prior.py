@@ -900,15 +900,11 @@ def main(argv: list[str] | None = None):
         logger.info(f"{checkpoint} is at update {global_step}: {left}")
 
     # What validation needs; what is not asked for is None or empty.
-    whole_prior, held_out_loader = accelerator.unwrap_model(prior), None
-    if held_out:
-        batches = encoding.held_out_batches(len(held_out), args.train_batch_size, rank, ranks)
-        same = argparse.Namespace(**vars(args) | {"caption_dropout": 0.0, "random_crop": False, "random_flip": False})
-        samples = encoding.TrainSamples(held_out, functools.partial(preprocess, args=same), seed, args.skip_bad_rows)
-        held_out_loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, **loading)
+    whole_prior, given = accelerator.unwrap_model(prior), (preprocess, args, seed, rank, ranks, loading)
     run = SimpleNamespace(accelerator=accelerator, args=args, seed=seed, prior=whole_prior, ema_prior=ema_prior)
-    run.noise_scheduler, run.encode, run.decoder, run.held_out = noise_scheduler, encode, None, held_out_loader
-    run.bad_rows, run.empty_embeds, *run.prompt_embeds = set(), *embeds
+    run.held_out = encoding.held_out_loader(held_out, *given) if held_out else None
+    run.noise_scheduler, run.encode, run.decoder, run.bad_rows = noise_scheduler, encode, None, set()
+    run.empty_embeds, *run.prompt_embeds = embeds
     if not checkpoint or state.get("due"):  # a run that was ended right after its checkpoint has not done it
         log_validation(run, global_step)
 

@@ -482,9 +482,11 @@ def encode_once(accelerator, rows: datasets.Dataset, key: str, read, tokenize, e
 
     datasets.disable_progress_bars()  # one bar for all pieces, not one each
     with progress:
+        before = 0
         for piece in mine:
             load(piece)
-            progress.update(max(0, mine.index(piece) * size + len(piece) - progress.n))  # it may have been there
+            before += len(piece)
+            progress.update(before - progress.n)  # by the rows of a piece that was there already
     datasets.enable_progress_bars()
     accelerator.wait_for_everyone()
     return datasets.concatenate_datasets([load(piece) for piece in pieces])
@@ -496,6 +498,6 @@ def read_cached(row: dict, draw: random.Random, empty: torch.Tensor, args) -> di
     if row["problem"]:
         raise ValueError(row["problem"])
     side = math.ceil(args.resolution / STRIDE)
-    text = pick_caption(row["prompt_embeds"], draw, args.caption_dropout, empty=to_bytes(empty))
-    latents = from_bytes(row["latents"], empty).view(-1, side, side)
-    return {"latents": latents, "prompt_embeds": from_bytes(text, empty).view(empty.shape)}
+    text = pick_caption(row["prompt_embeds"], draw, args.caption_dropout, empty=None)
+    prompt_embeds = empty if text is None else from_bytes(text, empty).view(empty.shape)
+    return {"latents": from_bytes(row["latents"], empty).view(-1, side, side), "prompt_embeds": prompt_embeds}

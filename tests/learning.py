@@ -44,7 +44,7 @@ SAMPLING_STEPS = 30
 
 def make_models(folder, *, seed=0, **prior):
     """Models to learn with, in `prior`, `decoder` and `encoder`. `prior` goes to the prior's constructor."""
-    tiny_models.make_tiny_models(folder, seed=seed)
+    tiny_models.make_tiny_models(folder, seed=seed, **{"dropout": 0.0} | prior)
     text_encoder = tiny_models.make_text_encoder(tiny_models.make_tokenizer(), tiny_models.PRIOR_TEXT_WIDTH, seed=seed)
     with torch.no_grad():
         for name, module in text_encoder.named_modules():
@@ -53,7 +53,6 @@ def make_models(folder, *, seed=0, **prior):
             elif name.endswith("token_embedding"):
                 module.weight.mul_(2)
     text_encoder.save_pretrained(folder / "prior" / "text_encoder")
-    tiny_models.make_prior(seed=seed + 1, **{"dropout": 0.0} | prior).save_pretrained(folder / "prior" / "prior")
 
 
 def flags(folder, output_dir, **more):

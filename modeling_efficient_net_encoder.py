@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What comes before the prior: the image encoder of Würstchen, an EfficientNetV2 whose features are mapped to 16
 normalised channels; how a data set's rows are read, and in which order; what encoders give for them, kept on disk. And
-the two pictures that show how a run goes.
+two things that need not be read: the pictures that show how a run goes, and the prior's fast path (`--compile`).
 
 The published weights are one entry, `effnet_state_dict`, of the multi-gigabyte training file `model_v2_stage_b.pt`
 in the Hub repo dome272/wuerstchen. `EfficientNetEncoder.load` takes it from there; `save_pretrained` keeps the 80 MB
@@ -12,6 +12,7 @@ import argparse
 import functools
 import hashlib
 import inspect
+import json
 import math
 import os
 import random
@@ -26,6 +27,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from accelerate import DistributedType
 from accelerate.logging import get_logger
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -33,6 +35,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision import models
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
@@ -54,6 +57,11 @@ SAME_STOP = 2.0  # seconds in which two SIGTERMs are one: a scheduler and torchr
 PUBLISHED_KEY = "effnet_state_dict"
 ENCODING_BATCH, ENCODING_PIECE = 32, 2048  # rows that are encoded at once, and that are kept as one file, at least
 ENCODING_PIECES = 256  # such files, at most
+# Of what a compiled backward pass needs, the share that --gradient_checkpointing lets it keep; and the order in which
+# it asks for an attention, the fastest on an H100 first.
+CHECKPOINTING_BUDGET = 0.5
+ATTENTION_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+ATTENTION_KERNELS += [SDPBackend.MATH]
 
 
 class EfficientNetEncoder(ModelMixin, ConfigMixin):
@@ -255,6 +263,22 @@ def loss_curve(rows: list[dict[str, float]]) -> Image.Image:
         pen.text((4, 464 - 90 * tick), f"{top * tick / 5:.3g}", "black")
         pen.text((60 + 180 * tick, 480), f"{last * tick / 5:.0f}", "black")
     return plot
+
+
+def read_losses(output_dir: Path) -> list[dict[str, float]]:
+    """The lines of loss.jsonl; none if there is no such file."""
+    file = output_dir / "loss.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+
+
+def forget_what_follows(output_dir: Path, global_step: int):
+    """Takes out of loss.jsonl and samples/ what a run that goes on after update `global_step` will write again."""
+    rows = [row for row in read_losses(output_dir) if row["update"] <= global_step]
+    (output_dir / ".loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (output_dir / ".loss.jsonl").replace(output_dir / "loss.jsonl")
+    for file in (output_dir / "samples").glob("update-*.png"):
+        if int(file.name.split("-")[1]) > global_step:
+            file.unlink()
 
 
 def normalize_pixels(image: Image.Image) -> torch.Tensor:
@@ -501,3 +525,52 @@ def read_cached(row: dict, draw: random.Random, empty: torch.Tensor, args) -> di
     text = pick_caption(row["prompt_embeds"], draw, args.caption_dropout, empty=None)
     prompt_embeds = empty if text is None else from_bytes(text, empty).view(empty.shape)
     return {"latents": from_bytes(row["latents"], empty).view(-1, side, side), "prompt_embeds": prompt_embeds}
+
+
+# --------------------------------------------------------------------------------------------- the prior, compiled
+def compile_prior(prior: nn.Module, accelerator, args: argparse.Namespace, prompt_embeds: torch.Tensor):
+    """Makes the prior's training steps replay two CUDA graphs, forward and backward, in which one compiled function
+    serves all triplets of blocks. Validation runs the prior as it is. Where that cannot be, it says so and changes
+    nothing.
+
+    The graphs read the weights where these lie now, so change them in place only. Micro-batches must be of one size,
+    `args.train_batch_size`, with embeddings like `prompt_embeds`, which are any caption's, (1, 77, width).
+    """
+    state, whole = accelerator.state, prior.forward
+    kinds = (DistributedType.NO, DistributedType.MULTI_GPU)
+    if accelerator.device.type != "cuda" or state.distributed_type not in kinds or state.dynamo_plugin.backend != "NO":
+        logger.warning("--compile is left out: it is for CUDA, without DeepSpeed, FSDP or --dynamo_backend")
+        return
+    for reason in ("used_far_apart", "long_fusible_chains", "materialized_backward"):  # what is cheap is made again
+        setattr(torch._functorch.config, f"ban_recompute_{reason}", False)
+    torch._functorch.config.activation_memory_budget = CHECKPOINTING_BUDGET if args.gradient_checkpointing else 1.0
+
+    @functools.partial(torch.compile, dynamic=False)
+    def triplet(blocks, x, r_embed, c_embed):
+        res, timestep, attention = blocks
+        return attention(timestep(res(x), r_embed), c_embed)
+
+    def forward(noisy_latents, timesteps, prompt_embeds):  # does what WuerstchenPrior's does, channels last
+        x = prior.projection(noisy_latents).contiguous(memory_format=torch.channels_last)
+        r_embed, c_embed = prior.gen_r_embedding(timesteps), prior.cond_mapper(prompt_embeds)
+        for blocks in zip(*[iter(prior.blocks)] * 3, strict=True):
+            x = triplet(blocks, x, r_embed, c_embed)
+        a, b = prior.out(x).chunk(2, dim=1)
+        return (noisy_latents - a) / ((1 - b).abs() + 1e-5)
+
+    logger.info("Compiling the prior, which may take a minute; less the next time")
+    count, side = args.train_batch_size, math.ceil(args.resolution / STRIDE)
+    latents = torch.zeros(count, prior.config.c_in, side, side, device=accelerator.device)
+    samples = (latents, torch.zeros(count, device=accelerator.device), prompt_embeds.repeat(count, 1, 1))
+    try:
+        prior.forward = forward
+        with sdpa_kernel(ATTENTION_KERNELS, set_priority=True), accelerator.autocast():
+            replay = torch.cuda.make_graphed_callables(prior.train(), samples).forward
+    except Exception as error:  # there may be no C compiler, or a card that Triton does not know
+        prior.forward = whole
+        logger.warning(f"--compile is left out: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return
+    prior.forward = lambda *inputs: (replay if prior.training else whole)(*inputs)
+    for weight in prior.parameters() if args.gradient_accumulation_steps > 1 else []:
+        # The first micro-step's gradient is the graph's own memory, which the next one's would overwrite.
+        weight.register_hook(lambda grad, weight=weight: grad.clone() if weight.grad is None else grad)

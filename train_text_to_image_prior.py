@@ -48,6 +48,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch.utils.checkpoint import checkpoint as checkpoint_block
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPTextModel, CLIPTokenizerFast
@@ -128,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--loss_weighting", choices=["none", "p2"], default="none", help="p2 is the original training's")
     flag("--timestep_sampling", choices=["uniform", "stretched"], default="uniform", help="stretched: the original's")
     flag("--caption_dropout", type=fraction, default=0.0, help="share of samples trained on the empty caption")
-    flag("--compile", **on, help="reserved, not built yet")
+    flag("--compile", **on, help="compile the prior and replay it as CUDA graphs: a slower start, faster steps")
 
     flag = parser.add_argument_group("optimizer, AdamW").add_argument
     flag("--learning_rate", type=real, default=1e-4, help="at the schedule's peak")
@@ -168,8 +169,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--lr_scheduler=piecewise_constant and --lr_step_rules need each other")
     if args.cache_latents and (args.random_crop or args.random_flip):
         parser.error("--random_crop and --random_flip make other latents each time: leave out --cache_latents")
-    if args.compile:
-        parser.error("--compile is not built yet: leave it out")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`")
     available = [*map(str, get_available_trackers()), "all", "none"]
@@ -288,7 +287,8 @@ def load_models(args: argparse.Namespace, checkpoint: Path | None, weight_dtype:
             raise ValueError(f"it gives c_latent={given} channels, but the prior takes c_in={taken}")
     prior.set_attn_processor(AttnProcessor2_0())  # the same attention, by PyTorch's memory-efficient kernel
     if args.gradient_checkpointing:
-        prior.enable_gradient_checkpointing()
+        # diffusers' own choice, not reentrant, spends more time in Python than small batches take on a GPU.
+        prior.enable_gradient_checkpointing(functools.partial(checkpoint_block, use_reentrant=True))
     return tokenizer, text_encoder, image_encoder, prior
 
 
@@ -429,6 +429,24 @@ def other_checkpoints(output_dir: Path, checkpoint: Path | None) -> list[Path]:
     return found[found.index(checkpoint) + 1 :] if checkpoint in found else found
 
 
+def find_start(args: argparse.Namespace, output_dir: Path) -> tuple[Path | None, list[Path], dict]:
+    """The checkpoint to go on from, if any, those in its way, and the run's state: update, plan, seed, wandb's id."""
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
+    state = json.loads((checkpoint / STATE_FILE).read_text()) if checkpoint else {"global_step": 0, "plan": {}}
+    seed = args.seed if args.seed is not None else state["plan"].get("seed", random.getrandbits(31))
+    seed, first_step = accelerate.utils.broadcast_object_list([seed, state["global_step"]])
+    if first_step != state["global_step"]:
+        problem = "not every node sees the same checkpoints there; share the folder"
+        raise SystemExit(f"--output_dir={output_dir}: {problem}")
+    others = other_checkpoints(output_dir, checkpoint)
+    if others and not args.overwrite_output_dir:
+        ways = "--resume_from_checkpoint=latest goes on with it, --overwrite_output_dir deletes it"
+        raise SystemExit(f"--output_dir={output_dir} holds {others[-1].name} of an earlier run: {ways}")
+    branched = others or (checkpoint and checkpoint.parent != output_dir.resolve())  # wandb drops steps it has had
+    run_id = (None if branched else state.get("run_id")) or f"{random.getrandbits(40):010x}"
+    return checkpoint, others, state | {"seed": seed, "run_id": run_id}
+
+
 def remove_checkpoints(paths: list[Path], output_dir: Path):
     """Deletes them under other names, so that what a kill leaves is known for what it is, and deletes such, too."""
     for path in paths:
@@ -556,7 +574,7 @@ def log_validation(run: SimpleNamespace, global_step: int):
     with the averaged weights if there are any. It touches nothing that training draws from."""
     output_dir = Path(run.args.output_dir)
     picture = output_dir / "samples" / f"update-{global_step:07d}-prompt-{len(run.prompt_embeds) - 1}.png"
-    losses = [row for row in read_losses(output_dir) if row["update"] == global_step and "val_loss" in row]
+    losses = [row for row in encoding.read_losses(output_dir) if row["update"] == global_step and "val_loss" in row]
     done = bool(losses) if run.held_out else picture.exists()  # the loss is logged last
     (done,) = accelerate.utils.broadcast_object_list([done])
     if not done and (run.prompt_embeds or run.held_out):
@@ -571,7 +589,7 @@ def log_validation(run: SimpleNamespace, global_step: int):
         log_numbers(run.accelerator, numbers, global_step)
     if run.accelerator.is_main_process:
         with suppress(OSError):
-            encoding.loss_curve(read_losses(output_dir)).save(output_dir / "loss.png")
+            encoding.loss_curve(encoding.read_losses(output_dir)).save(output_dir / "loss.png")
 
 
 def log_numbers(accelerator: Accelerator, numbers: dict[str, float], global_step: int):
@@ -580,22 +598,6 @@ def log_numbers(accelerator: Accelerator, numbers: dict[str, float], global_step
     if accelerator.is_main_process and numbers:
         with suppress(OSError), open(Path(accelerator.project_dir, "loss.jsonl"), "a") as file:
             file.write(json.dumps({"update": global_step} | numbers) + "\n")
-
-
-def read_losses(output_dir: Path) -> list[dict[str, float]]:
-    """The lines of loss.jsonl; none if there is no such file."""
-    file = output_dir / "loss.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
-
-
-def forget_what_follows(output_dir: Path, global_step: int):
-    """Takes out of loss.jsonl and samples/ what a run that goes on after update `global_step` will write again."""
-    rows = [row for row in read_losses(output_dir) if row["update"] <= global_step]
-    (output_dir / ".loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (output_dir / ".loss.jsonl").replace(output_dir / "loss.jsonl")
-    for file in (output_dir / "samples").glob("update-*.png"):
-        if int(file.name.split("-")[1]) > global_step:
-            file.unlink()
 
 
 def log_pictures(accelerator: Accelerator, args, pictures: list[Image.Image], global_step: int):
@@ -718,7 +720,7 @@ def save_model_card(args, repo_id: str, size: int | None, global_step: int, plan
     widget = [{"text": text, "output": {"url": f"samples/{file.name}"}} for text, file in shown]
     metadata = hub.ModelCardData(**fields, widget=widget or None)
     samples = plan["train_batch_size"] * plan["gradient_accumulation_steps"] * plan["processes"]
-    rates = [row["images_per_second"] for row in read_losses(output_dir) if "images_per_second" in row]
+    rates = [row["images_per_second"] for row in encoding.read_losses(output_dir) if "images_per_second" in row]
     facts = {"samples": samples, "epochs": global_step * samples / plan["rows"], "updates": global_step, "size": size}
     facts["hours"] = sum(samples / rate for rate in rates) / 3600
     facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
@@ -758,12 +760,15 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     with blaming("--output_dir", args.output_dir):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     folders = accelerate.utils.ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir))
+    # Each weight is used once a pass: autocast's cache would only hold on to 2 GB of half-precision copies.
+    handlers = [accelerate.utils.AutocastKwargs(cache_enabled=False)]
+    handlers += [accelerate.utils.InitProcessGroupKwargs(timeout=VALIDATION_TIMEOUT)]
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=[name for name in args.report_to.split(",") if name != "none"] or None,
         project_config=folders,
-        kwargs_handlers=[accelerate.utils.InitProcessGroupKwargs(timeout=VALIDATION_TIMEOUT)],
+        kwargs_handlers=handlers,
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for library in ("accelerate", "httpx"):  # the latter would tell of each request
@@ -815,21 +820,8 @@ def main(argv: list[str] | None = None):
 
     # Where the run starts: anew, or at a checkpoint, whose seed goes on.
     output_dir = Path(args.output_dir)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
-    state = json.loads((checkpoint / STATE_FILE).read_text()) if checkpoint else {"global_step": 0, "plan": {}}
-    global_step = state["global_step"]
-    seed = args.seed if args.seed is not None else state["plan"].get("seed", random.getrandbits(31))
-    seed, first_step = accelerate.utils.broadcast_object_list([seed, global_step])
-    if first_step != global_step:
-        raise SystemExit(
-            f"--output_dir={output_dir}: not every node sees the same checkpoints there; share the folder"
-        )
-    others = other_checkpoints(output_dir, checkpoint)
-    branched = others or (checkpoint and checkpoint.parent != output_dir.resolve())  # wandb drops steps it has had
-    run_id = (None if branched else state.get("run_id")) or f"{random.getrandbits(40):010x}"
-    if others and not args.overwrite_output_dir:
-        ways = "--resume_from_checkpoint=latest goes on with it, --overwrite_output_dir deletes it"
-        raise SystemExit(f"--output_dir={output_dir} holds {others[-1].name} of an earlier run: {ways}")
+    checkpoint, others, state = find_start(args, output_dir)
+    global_step, seed, run_id = state["global_step"], state["seed"], state["run_id"]
     repo_id = args.hub_model_id or output_dir.resolve().name
     if accelerator.is_main_process:
         repo_id = check_destinations(args, repo_id)
@@ -867,7 +859,7 @@ def main(argv: list[str] | None = None):
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / samples_per_update)
     if accelerator.is_main_process:  # only now, when no flag can be wrong any more
         remove_checkpoints(others, output_dir)
-        forget_what_follows(output_dir, global_step if checkpoint else -1)
+        encoding.forget_what_follows(output_dir, global_step if checkpoint else -1)
     loading = {"collate_fn": collate_fn, "num_workers": args.dataloader_num_workers}
     loading |= {"worker_init_fn": encoding.ignore_signals, "pin_memory": device.type == "cuda"}
     samples = encoding.TrainSamples(dataset, preprocess, seed, args.skip_bad_rows)
@@ -875,6 +867,8 @@ def main(argv: list[str] | None = None):
     train_dataloader = torch.utils.data.DataLoader(samples, batch_sampler=batches, **loading)
 
     # The optimizer and the rate's schedule, which is a function of the update alone.
+    if args.compile:
+        encoding.compile_prior(prior.to(device), accelerator, args, embeds[0])
     optimizer = make_optimizer(prior, args, device)
     register_checkpoint_hooks(accelerator, ema_prior)
     prior, optimizer = accelerator.prepare(prior, optimizer)

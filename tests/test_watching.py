@@ -758,7 +758,7 @@ def test_the_curve_goes_through_the_numbers(tmp_path):
         script.log_numbers(accelerator, {"train_loss": 1.0 if update <= 50 else 0.5}, update)
         if update in held_out:
             script.log_numbers(accelerator, {"val_loss": held_out[update]}, update)
-    plot = encoding.loss_curve(script.read_losses(tmp_path))
+    plot = encoding.loss_curve(encoding.read_losses(tmp_path))
     blue, red = blots(plot, (0, 0, 255)), blots(plot, (255, 0, 0))
     # The ends of the red line say where the axes are.
     (left, right), (high, low) = (min(red), max(red)), (red[min(red)], red[max(red)])
@@ -851,8 +851,8 @@ def test_a_run_killed_while_it_validates_lacks_no_validation(train, unbroken, tm
 def test_what_a_power_failure_leaves_of_the_last_line_does_not_keep_a_run_from_going_on(unbroken, tmp_path, torn):
     lines = (unbroken.folder / "loss.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "loss.jsonl").write_text("".join(lines) + torn)
-    script.forget_what_follows(tmp_path, 3)
-    encoding.loss_curve(script.read_losses(tmp_path))
+    encoding.forget_what_follows(tmp_path, 3)
+    encoding.loss_curve(encoding.read_losses(tmp_path))
     for name in ("train_loss", "val_loss"):
         before = {update: number for update, number in curve(unbroken.folder, name).items() if update <= 3}
         assert curve(tmp_path, name) == before

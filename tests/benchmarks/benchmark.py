@@ -25,6 +25,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -83,6 +84,10 @@ TRAINING |= {
     f"{n}-compile": (m, flags | {"compile": True}) for n, (m, flags) in TRAINING.items() if m is measures.time_script
 }
 OTHER = {"encoding": (measures.time_encoding, {"train_batch_size": encoding.ENCODING_BATCH})}
+OTHER |= {"gradients": (measures.compare_gradients, BF16 | {"train_batch_size": 4, "compile": True})}
+OTHER |= {
+    "checkpointing": (measures.time_checkpointing, BF16 | {"train_batch_size": 4, "gradient_checkpointing": True})
+}
 OTHER |= {"loader": (measures.time_loader, {}), "growth": (measures.time_growth, {})}
 ROWS = TRAINING | OTHER
 
@@ -198,7 +203,7 @@ def table(results: dict) -> str:
             (".1f", ".1f", ".2f", ".1%", ".1f", ".1f"),
             strict=True,
         )
-        remark = f"failed: {row['error']}" if "error" in row else ""
+        remark = f"failed: {row['error']}" if "error" in row else row.get("remark", "")
         remark = f"{row['skipped_updates']:.0f} updates skipped" if row.get("skipped_updates") else remark
         shown = ["-" if value is None else format(value, form) for value, form in cells]
         lines.append(f"| {' | '.join([name, *shown, remark])} |")
@@ -240,7 +245,8 @@ def main():
         found = run_apart(size, args.out / f"{name}.log", function, *given)
         if "error" in found and name not in ROWS:
             sys.exit(f"{name}: {found['error']}; see {args.out / name}.log")
-        return found
+        said = re.search(r"--compile is left out.*", (args.out / f"{name}.log").read_text(errors="replace"))
+        return found | ({"remark": said[0].replace("|", "/")[:200]} if said else {})
 
     if not (work / "made").exists():
         measure("inputs", make_inputs, work)

@@ -2,6 +2,7 @@
 """What benchmark.py measures. Each function that is called time_... takes the sizes, the script's command line and the
 time at which its process was started, and gives named numbers."""
 
+import contextlib
 import functools
 import math
 import platform
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import datasets
 import diffusers
 import numpy as np
@@ -80,7 +82,7 @@ def time_script(size, argv: list[str], started: float) -> dict:
 
     script.log_numbers = log_numbers
     script.main(argv)
-    rows = script.read_losses(Path(args.output_dir))[-timed:]
+    rows = encoding.read_losses(Path(args.output_dir))[-timed:]
     found = speeds(args, ends, timed) | {"median": statistics.median(row["images_per_second"] for row in rows)}
     found |= {"first_update_s": ends[0] - started, "loss": rows[-1]["train_loss"]}
     return found | {"skipped_updates": sum(not math.isfinite(row["grad_norm"]) for row in rows)}
@@ -88,10 +90,13 @@ def time_script(size, argv: list[str], started: float) -> dict:
 
 def time_reference(size, argv: list[str], started: float) -> dict:
     """A step as Hugging Face's script does it, on pixels and tokens that are on the device already: autocast about the
-    prior, default attention and optimizer, timesteps in half precision, and two numbers read back a micro-step."""
+    prior, all else by default, timesteps in half precision, and two numbers read back a micro-step."""
     parts = open_parts(argv)
     args, accelerator, scheduler = parts.args, parts.accelerator, diffusers.DDPMWuerstchenScheduler()
+    accelerator.autocast_handler = accelerate.utils.AutocastKwargs()
     parts.prior.set_default_attn_processor()
+    if args.gradient_checkpointing:
+        parts.prior.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(parts.prior.parameters(), lr=args.learning_rate)
     prior, optimizer = accelerator.prepare(parts.prior.train(), optimizer)
     ends, skipped, (untimed, timed) = [], 0, size.reference_updates
@@ -116,6 +121,35 @@ def time_reference(size, argv: list[str], started: float) -> dict:
         ends.append(time.time())
         skipped += update >= untimed and accelerator.optimizer_step_was_skipped
     return speeds(args, ends, timed) | {"loss": value, "skipped_updates": skipped}
+
+
+def time_checkpointing(size, argv: list[str], started: float) -> dict:
+    """ms of a micro-step, forward and backward, and the most memory that it takes: without --gradient_checkpointing,
+    with it as diffusers does it by itself, under autocast's own settings, and as the script does both."""
+    parts, found = open_parts(argv), {}
+    prior, cuda = parts.prior.train(), parts.accelerator.device.type == "cuda"
+    with torch.no_grad():
+        prompt_embeds, latents = script.encode_batch(parts.text_encoder, parts.image_encoder, parts.batch)
+    given = latents.float(), torch.rand(len(latents), device=latents.device), prompt_embeds
+    chosen, default = prior._gradient_checkpointing_func, accelerate.utils.AutocastKwargs()
+
+    def micro_step(precision):
+        with parts.accelerator.autocast(precision):
+            pred_noise = prior(*given)
+        pred_noise.float().square().mean().backward()
+
+    for name, function, precision in (("none", None, None), ("diffusers'", None, default), ("ours", chosen, None)):
+        prior.disable_gradient_checkpointing()
+        if name != "none":
+            prior.enable_gradient_checkpointing(function)
+        for _ in range(3):
+            micro_step(precision)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        spent = [seconds(micro_step, precision) for _ in range(12)]
+        found[f"{name}, ms"] = statistics.median(spent) * 1000
+        found |= {f"{name}, allocated GiB at most": torch.cuda.max_memory_allocated() / 2**30} if cuda else {}
+    return found
 
 
 # -------------------------------------------------------------------------------------------- encoding, reading
@@ -203,4 +237,40 @@ def time_growth(size, argv: list[str], started: float) -> dict:
         first, *later = read_batches(parts, encoding.TrainSamples(rows, read, 0, False), size, 0)
         found[f"a batch from {count:,} cached rows, ms"] = statistics.median(later)
         found[f"the first one, from {count:,} cached rows, ms"] = first
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- exactness
+def compare_gradients(size, argv: list[str], started: float) -> dict:
+    """How far a step's gradient is from float32's, relative: as --mixed_precision gives it, and --compile with that.
+    Without dropout, which each would draw in its own way."""
+    parts = open_parts(argv)
+    prior, accelerator, scheduler = parts.prior.train(), parts.accelerator, diffusers.DDPMWuerstchenScheduler()
+    for module in prior.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        prompt_embeds, latents = script.encode_batch(parts.text_encoder, parts.image_encoder, parts.batch)
+        noise = torch.randn(latents.shape, device=latents.device)
+        timesteps = torch.linspace(0.05, 0.95, len(noise), device=noise.device)
+        noisy_latents = scheduler.add_noise((latents.float() + 1) / 42, noise, timesteps)
+
+    def gradients(precision, prompt_embeds: torch.Tensor) -> dict:
+        prior.zero_grad()
+        with precision:
+            pred_noise = prior(noisy_latents, timesteps, prompt_embeds)
+        F.mse_loss(pred_noise.float(), noise).backward()
+        # Softmax does not see a bias of the keys: what it has for a gradient is rounding.
+        named = {name: p.grad for name, p in prior.named_parameters() if not name.endswith("to_k.bias")}
+        return {name: gradient.to("cpu", torch.float32, copy=True) for name, gradient in named.items()}
+
+    exact, found = gradients(contextlib.nullcontext(), prompt_embeds.float()), {}
+    for name in ("without", "with"):
+        if name == "with":
+            encoding.compile_prior(prior, accelerator, parts.args, prompt_embeds[:1])
+        given = gradients(accelerator.autocast(), prompt_embeds)
+        norms = {n: ((given[n] - exact[n]).norm().item(), exact[n].norm().item()) for n in exact}
+        error, norm = (math.hypot(*column) for column in zip(*norms.values(), strict=True))
+        found[f"{parts.args.mixed_precision} {name} --compile, error"] = error / norm
+        found[f"{parts.args.mixed_precision} {name} --compile, worst tensor's"] = max(e / n for e, n in norms.values())
     return found

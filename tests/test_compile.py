@@ -41,9 +41,7 @@ STEPS = {
     "max_grad_norm": 0.1,
 }
 LEFT_OUT = "--compile is left out: "
-PARTITIONED = (
-    "aot_eager_decomp_partition"  # divides forward and backward as the real one does, and runs them as they are
-)
+PARTITIONED = "aot_eager_decomp_partition"  # divides forward from backward as the real compiler, and stops there
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="plays a GPU where there is none")
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -88,9 +86,8 @@ class Replay(torch.autograd.Function):
     def backward(ctx, gradient):
         print("replayed backward", flush=True)
         graphs = ctx.graphs
-        for static, new in zip(
-            graphs.gradients, torch.autograd.grad(graphs.tape, graphs.weights, gradient), strict=True
-        ):
+        found = torch.autograd.grad(graphs.tape, graphs.weights, gradient)
+        for static, new in zip(graphs.gradients, found, strict=True):
             static.copy_(new)
         return None, None, None, None, *(static.detach() for static in graphs.gradients)
 
@@ -341,7 +338,7 @@ def test_on_a_gpu_a_run_is_that_of_the_uncompiled_prior(train, steady_prior, acc
     assert compiled.returncode == plain.returncode == 0, (compiled, plain)
     assert LEFT_OUT not in compiled.output and "Compiling" in compiled.output
     exact = None if precision == "no" else train(**steps, **flags, mixed_precision="no")
-    assert_trains_alike(compiled, plain, exact, 5e-2 if exact else 1e-3)
+    assert_trains_alike(compiled, plain, exact, 5e-2 if exact else 1e-2)  # convolutions are in TF32
 
 
 @gpu_only

@@ -114,7 +114,7 @@ class Run:
 
     def __init__(self, finished, folder, record):
         self.returncode, self.output, self.folder = finished.returncode, finished.output, folder
-        self.record = torch.load(record) if record.exists() else None
+        self.record = torch.load(record, map_location="cpu") if record.exists() else None
 
     def __repr__(self):
         return f"exit status {self.returncode} after:\n{self.output}"
@@ -186,7 +186,7 @@ def distance(left, right):
 
 def optimizer_state(checkpoint):
     """AdamW's moments and counts in a checkpoint, by name."""
-    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    state = torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True)["state"]
     return {f"{index}.{name}": torch.as_tensor(value) for index in state for name, value in state[index].items()}
 
 

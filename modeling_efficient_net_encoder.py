@@ -541,9 +541,6 @@ def compile_prior(prior: nn.Module, accelerator, args: argparse.Namespace, promp
     if accelerator.device.type != "cuda" or state.distributed_type not in kinds or state.dynamo_plugin.backend != "NO":
         logger.warning("--compile is left out: it is for CUDA, without DeepSpeed, FSDP or --dynamo_backend")
         return
-    for reason in ("used_far_apart", "long_fusible_chains", "materialized_backward"):  # what is cheap is made again
-        setattr(torch._functorch.config, f"ban_recompute_{reason}", False)
-    torch._functorch.config.activation_memory_budget = CHECKPOINTING_BUDGET if args.gradient_checkpointing else 1.0
 
     @functools.partial(torch.compile, dynamic=False)
     def triplet(blocks, x, r_embed, c_embed):
@@ -562,7 +559,10 @@ def compile_prior(prior: nn.Module, accelerator, args: argparse.Namespace, promp
     count, side = args.train_batch_size, math.ceil(args.resolution / STRIDE)
     latents = torch.zeros(count, prior.config.c_in, side, side, device=accelerator.device)
     samples = (latents, torch.zeros(count, device=accelerator.device), prompt_embeds.repeat(count, 1, 1))
-    try:
+    try:  # of what a backward pass needs, keep what matrix products give, and make again what is cheap
+        for reason in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
+            setattr(torch._functorch.config, f"ban_recompute_{reason}", False)
+        torch._functorch.config.activation_memory_budget = CHECKPOINTING_BUDGET if args.gradient_checkpointing else 1.0
         prior.forward = forward
         with sdpa_kernel(ATTENTION_KERNELS, set_priority=True), accelerator.autocast():
             replay = torch.cuda.make_graphed_callables(prior.train(), samples).forward

@@ -9,6 +9,7 @@ seen. The compiler is PyTorch's own. The last tests are for a machine with a GPU
 
 import functools
 import itertools
+import multiprocessing
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -256,7 +257,19 @@ def test_what_it_does_not_go_with_is_left_alone(monkeypatch, kind, backend):
 # ------------------------------------------------------------------------------- dropout, with the real compiler
 
 
-@pytest.fixture(scope="module")
+def apart(test):
+    """The test in a fork of its own: once autograd's threads run, nothing that this process forks can use autograd."""
+
+    @functools.wraps(test)
+    def run():
+        child = multiprocessing.get_context("fork").Process(target=test)
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+
+    return run
+
+
 def played():
     """A prior with much dropout, and its compiled twin: functions of latents, timesteps and embeddings."""
     prior = make_prior(dropout=0.5).train()
@@ -287,9 +300,10 @@ def inputs():
 
 @cpu_only
 @slow
-def test_the_backward_pass_makes_the_forward_passs_dropout_again(played):
+@apart
+def test_the_backward_pass_makes_the_forward_passs_dropout_again():
     """The loss along its own gradient rises as the gradient says, with one seed's dropout."""
-    _, prior = played
+    _, prior = played()
     target = torch.randn(4, 16, 4, 4, generator=torch.Generator().manual_seed(2))
 
     def loss():
@@ -310,10 +324,11 @@ def test_the_backward_pass_makes_the_forward_passs_dropout_again(played):
 
 @cpu_only
 @slow
-def test_dropout_has_the_same_distribution(played):
+@apart
+def test_dropout_has_the_same_distribution():
     """Mean and variance of what each of the priors predicts, over many seeds."""
     found = []
-    for prior in played:
+    for prior in played():
         with torch.no_grad():
             torch.manual_seed(4)
             drawn = torch.stack([prior(*inputs()).clone() for _ in range(400)]).double()

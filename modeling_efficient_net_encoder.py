@@ -196,9 +196,7 @@ def decode_picture(value: dict, folders: list[Path] | None = None) -> Image.Imag
     """
     path = (value or {}).get("path")
     if folders is not None and path and not value["bytes"] and "://" not in path:
-        places = [
-            place for folder in folders for place in (folder.absolute(), folder.resolve())
-        ]  # caches may be links
+        places = [place for f in folders for place in (f.absolute(), f.resolve())]  # a cache may be a link
         inside = (Path(path).absolute().is_relative_to(place) for place in places)
         if ".." in Path(path).parts or not any(inside):
             raise ValueError(f"the picture ({path}) lies outside the data set's folder")
@@ -230,55 +228,6 @@ def crop_square(image: Image.Image, resolution: int, draw: random.Random | None 
         return transforms.center_crop(image, resolution)
     top, left = draw.randint(0, image.height - resolution), draw.randint(0, image.width - resolution)
     return transforms.crop(image, top, left, resolution, resolution)
-
-
-def contact_sheet(folder: Path, prompts: list[str]) -> Image.Image:
-    """A folder's pictures update-N-prompt-K.png in one: prompts down, updates across, SHEET_COLUMNS at most."""
-    updates = sorted({file.name.split("-")[1] for file in folder.glob("update-*.png")})
-    updates = updates[:-1][:: max(1, math.ceil((len(updates) - 1) / (SHEET_COLUMNS - 1)))] + updates[-1:]
-    sheet = Image.new("RGB", (TILE * (1 + len(updates)), 20 + TILE * len(prompts)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, prompt in enumerate(prompts):
-        pen.text((4, 24 + TILE * row), textwrap.fill(prompt, 28), "black")
-        for column, update in enumerate(updates, 1):
-            pen.text((4 + TILE * column, 4), f"update {int(update)}", "black")
-            if (file := folder / f"update-{update}-prompt-{row}.png").exists():
-                sheet.paste(Image.open(file).resize((TILE, TILE)), (TILE * column, 20 + TILE * row))
-    return sheet
-
-
-def loss_curve(rows: list[dict[str, float]]) -> Image.Image:
-    """Losses by update: those of training (`train_loss`, grey), their running mean (blue), held-out ones (red)."""
-    train, held_out = ([(row["update"], row[k]) for row in rows if k in row] for k in ("train_loss", "val_loss"))
-    means = train[:1]
-    for count, (update, loss) in enumerate(train[1:], 2):
-        means.append((update, means[-1][1] + (loss - means[-1][1]) * max(1 / count, 0.02)))
-    shown = means + held_out or [(1, 1.0)]
-    last, top = max(1, *(update for update, _ in shown)), 1.2 * max(loss for _, loss in shown) or 1
-    plot = Image.new("RGB", (1000, 500), "white")
-    pen = ImageDraw.Draw(plot)
-    for points, colour, width in ((train, "lightgrey", 1), (means, "blue", 2), (held_out, "red", 3)):
-        pen.line([(60 + 920 * u / last, 470 - 450 * min(loss / top, 1)) for u, loss in points], colour, width)
-    for tick in range(6):
-        pen.text((4, 464 - 90 * tick), f"{top * tick / 5:.3g}", "black")
-        pen.text((60 + 180 * tick, 480), f"{last * tick / 5:.0f}", "black")
-    return plot
-
-
-def read_losses(output_dir: Path) -> list[dict[str, float]]:
-    """The lines of loss.jsonl; none if there is no such file."""
-    file = output_dir / "loss.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
-
-
-def forget_what_follows(output_dir: Path, global_step: int):
-    """Takes out of loss.jsonl and samples/ what a run that goes on after update `global_step` will write again."""
-    rows = [row for row in read_losses(output_dir) if row["update"] <= global_step]
-    (output_dir / ".loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (output_dir / ".loss.jsonl").replace(output_dir / "loss.jsonl")
-    for file in (output_dir / "samples").glob("update-*.png"):
-        if int(file.name.split("-")[1]) > global_step:
-            file.unlink()
 
 
 def normalize_pixels(image: Image.Image) -> torch.Tensor:
@@ -356,11 +305,15 @@ class TrainSamples(torch.utils.data.Dataset):
         return {"problem": f"{BAD_ROWS_IN_A_ROW} rows in a row cannot be read, the last: {bad_rows.popitem()[1]}"}
 
 
+def samples_per_update(plan: dict) -> int:
+    """How many samples all ranks together take for an update."""
+    return plan["train_batch_size"] * plan["gradient_accumulation_steps"] * plan["processes"]
+
+
 def micro_batches(first_step: int, last_step: int, plan: dict, rank: int) -> Iterator[range]:
     """The positions of each of this rank's micro-batches for the updates [first_step, last_step)."""
-    size, share = plan["train_batch_size"], plan["train_batch_size"] * plan["processes"]
-    update = share * plan["gradient_accumulation_steps"]
-    starts = range(first_step * update + rank * size, last_step * update, share)
+    size, update = plan["train_batch_size"], samples_per_update(plan)
+    starts = range(first_step * update + rank * size, last_step * update, size * plan["processes"])
     return (range(start, start + size) for start in starts)
 
 
@@ -525,6 +478,56 @@ def read_cached(row: dict, draw: random.Random, empty: torch.Tensor, args) -> di
     text = pick_caption(row["prompt_embeds"], draw, args.caption_dropout, empty=None)
     prompt_embeds = empty if text is None else from_bytes(text, empty).view(empty.shape)
     return {"latents": from_bytes(row["latents"], empty).view(-1, side, side), "prompt_embeds": prompt_embeds}
+
+
+# ------------------------------------------------------------------------------------------------ how a run goes
+def contact_sheet(folder: Path, prompts: list[str]) -> Image.Image:
+    """A folder's pictures update-N-prompt-K.png in one: prompts down, updates across, SHEET_COLUMNS at most."""
+    updates = sorted({file.name.split("-")[1] for file in folder.glob("update-*.png")})
+    updates = updates[:-1][:: max(1, math.ceil((len(updates) - 1) / (SHEET_COLUMNS - 1)))] + updates[-1:]
+    sheet = Image.new("RGB", (TILE * (1 + len(updates)), 20 + TILE * len(prompts)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, prompt in enumerate(prompts):
+        pen.text((4, 24 + TILE * row), textwrap.fill(prompt, 28), "black")
+        for column, update in enumerate(updates, 1):
+            pen.text((4 + TILE * column, 4), f"update {int(update)}", "black")
+            if (file := folder / f"update-{update}-prompt-{row}.png").exists():
+                sheet.paste(Image.open(file).resize((TILE, TILE)), (TILE * column, 20 + TILE * row))
+    return sheet
+
+
+def loss_curve(rows: list[dict[str, float]]) -> Image.Image:
+    """Losses by update: those of training (`train_loss`, grey), their running mean (blue), held-out ones (red)."""
+    train, held_out = ([(row["update"], row[k]) for row in rows if k in row] for k in ("train_loss", "val_loss"))
+    means = train[:1]
+    for count, (update, loss) in enumerate(train[1:], 2):
+        means.append((update, means[-1][1] + (loss - means[-1][1]) * max(1 / count, 0.02)))
+    shown = means + held_out or [(1, 1.0)]
+    last, top = max(1, *(update for update, _ in shown)), 1.2 * max(loss for _, loss in shown) or 1
+    plot = Image.new("RGB", (1000, 500), "white")
+    pen = ImageDraw.Draw(plot)
+    for points, colour, width in ((train, "lightgrey", 1), (means, "blue", 2), (held_out, "red", 3)):
+        pen.line([(60 + 920 * u / last, 470 - 450 * min(loss / top, 1)) for u, loss in points], colour, width)
+    for tick in range(6):
+        pen.text((4, 464 - 90 * tick), f"{top * tick / 5:.3g}", "black")
+        pen.text((60 + 180 * tick, 480), f"{last * tick / 5:.0f}", "black")
+    return plot
+
+
+def read_losses(output_dir: Path) -> list[dict[str, float]]:
+    """The lines of loss.jsonl; none if there is no such file."""
+    file = output_dir / "loss.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+
+
+def forget_what_follows(output_dir: Path, global_step: int):
+    """Takes out of loss.jsonl and samples/ what a run that goes on after update `global_step` will write again."""
+    rows = [row for row in read_losses(output_dir) if row["update"] <= global_step]
+    (output_dir / ".loss.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (output_dir / ".loss.jsonl").replace(output_dir / "loss.jsonl")
+    for file in (output_dir / "samples").glob("update-*.png"):
+        if int(file.name.split("-")[1]) > global_step:
+            file.unlink()
 
 
 # --------------------------------------------------------------------------------------------- the prior, compiled

@@ -8,7 +8,9 @@
 To resume, run the same command again with --resume_from_checkpoint=latest. The README explains every flag.
 
 Where to edit: augmentation in `read_row`, captions in `tokenize_captions`, data in `load_train_dataset`, the
-optimizer in `make_optimizer`, noise and loss in the loop of `main`. The file reads in the order in which it runs.
+optimizer in `make_optimizer`, noise and loss in the loop of `main`. The file reads in the order in which it runs. The
+image encoder, and the plumbing that is called `encoding.`, are in modeling_efficient_net_encoder.py: how pictures are
+decoded, the order of samples, the loaders, what --cache_latents keeps, and --compile.
 """
 
 import argparse
@@ -264,6 +266,12 @@ def deepspeed_zero_init_disabled_context_manager():
     """Within it, DeepSpeed's ZeRO-3 does not partition the frozen models while they load."""
     plugin = AcceleratorState().deepspeed_plugin if is_initialized() else None
     return nullcontext() if plugin is None else plugin.zero3_init_context_manager(enable=False)
+
+
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of the frozen models: that of mixed precision, where the device can do it."""
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16} if accelerator.native_amp else {}
+    return half.get(accelerator.mixed_precision, torch.float32)
 
 
 def load_models(args: argparse.Namespace, checkpoint: Path | None, weight_dtype: torch.dtype) -> tuple:
@@ -719,7 +727,7 @@ def save_model_card(args, repo_id: str, size: int | None, global_step: int, plan
     shown = zip(prompts, files, strict=False)
     widget = [{"text": text, "output": {"url": f"samples/{file.name}"}} for text, file in shown]
     metadata = hub.ModelCardData(**fields, widget=widget or None)
-    samples = plan["train_batch_size"] * plan["gradient_accumulation_steps"] * plan["processes"]
+    samples = encoding.samples_per_update(plan)
     rates = [row["images_per_second"] for row in encoding.read_losses(output_dir) if "images_per_second" in row]
     facts = {"samples": samples, "epochs": global_step * samples / plan["rows"], "updates": global_step, "size": size}
     facts["hours"] = sum(samples / rate for rate in rates) / 3600
@@ -815,8 +823,7 @@ def main(argv: list[str] | None = None):
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
     accelerator = make_accelerator(args)
     device, ranks, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16} if accelerator.native_amp else {}
-    weight_dtype = half.get(accelerator.mixed_precision, torch.float32)  # of the frozen models; the prior's is float32
+    weight_dtype = frozen_dtype(accelerator)  # the prior's is float32
 
     # Where the run starts: anew, or at a checkpoint, whose seed goes on.
     output_dir = Path(args.output_dir)
@@ -855,7 +862,7 @@ def main(argv: list[str] | None = None):
 
     # The plan, in updates. Batches and accumulation run on over an epoch's edge: each is full, each row seen once.
     plan = plan_run(args, dataset, captions, seed, ranks, checkpoint, state["plan"])
-    samples_per_update = args.train_batch_size * args.gradient_accumulation_steps * ranks
+    samples_per_update = encoding.samples_per_update(plan)
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / samples_per_update)
     if accelerator.is_main_process:  # only now, when no flag can be wrong any more
         remove_checkpoints(others, output_dir)
@@ -866,7 +873,7 @@ def main(argv: list[str] | None = None):
     batches = encoding.micro_batches(global_step, max_train_steps, plan, rank)
     train_dataloader = torch.utils.data.DataLoader(samples, batch_sampler=batches, **loading)
 
-    # The optimizer and the rate's schedule, which is a function of the update alone.
+    # The prior's fast path, the optimizer, and the rate's schedule, which is a function of the update alone.
     if args.compile:
         encoding.compile_prior(prior.to(device), accelerator, args, embeds[0])
     optimizer = make_optimizer(prior, args, device)
@@ -894,10 +901,12 @@ def main(argv: list[str] | None = None):
         logger.info(f"{checkpoint} is at update {global_step}: {left}")
 
     # What validation needs; what is not asked for is None or empty.
-    whole_prior, given = accelerator.unwrap_model(prior), (preprocess, args, seed, rank, ranks, loading)
+    whole_prior = accelerator.unwrap_model(prior)
     run = SimpleNamespace(accelerator=accelerator, args=args, seed=seed, prior=whole_prior, ema_prior=ema_prior)
-    run.held_out = encoding.held_out_loader(held_out, *given) if held_out else None
     run.noise_scheduler, run.encode, run.decoder, run.bad_rows = noise_scheduler, encode, None, set()
+    run.held_out = None
+    if held_out:
+        run.held_out = encoding.held_out_loader(held_out, preprocess, args, seed, rank, ranks, loading)
     run.empty_embeds, *run.prompt_embeds = embeds
     if not checkpoint or state.get("due"):  # a run that was ended right after its checkpoint has not done it
         log_validation(run, global_step)
@@ -944,7 +953,8 @@ def main(argv: list[str] | None = None):
             speed = samples_per_update / (time.perf_counter() - started)
             log = {"train_loss": train_loss, "lr": rate, "grad_norm": grad_norm, "images_per_second": speed}
             log["epoch"] = seen / len(dataset)
-            log |= {"memory_gib": torch.cuda.max_memory_reserved() / 2**30} if device.type == "cuda" else {}
+            if device.type == "cuda":
+                log["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
             log_numbers(accelerator, log, global_step)
             progress.set_postfix_str(f"loss {train_loss:.4f}, lr {rate:.2e}, {speed:.1f} images/s", refresh=False)
             progress.update()

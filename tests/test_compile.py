@@ -47,6 +47,11 @@ cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="plays a GPU whe
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+def steady(prior, accumulation):
+    """STEPS of a prior without dropout."""
+    return STEPS | {"gradient_accumulation_steps": accumulation, "pretrained_prior_model_name_or_path": prior}
+
+
 # ------------------------------------------------------------------------------------- what stands in for a GPU
 
 
@@ -97,6 +102,10 @@ def played_graphs(module, samples):
     return PlayedGraphs(module, samples).module
 
 
+def accelerators_state(kind, backend):
+    return SimpleNamespace(distributed_type=kind, dynamo_plugin=SimpleNamespace(backend=backend))
+
+
 class Cuda(str):
     type = "cuda"
 
@@ -110,7 +119,7 @@ def play(make=None, backend=PARTITIONED):
     def compile_as_if(prior, accelerator, args, prompt_embeds):
         ranks = {DistributedType.MULTI_CPU: DistributedType.MULTI_GPU}
         kind = ranks.get(accelerator.distributed_type, accelerator.distributed_type)
-        state = SimpleNamespace(distributed_type=kind, dynamo_plugin=accelerator.state.dynamo_plugin)
+        state = accelerators_state(kind, accelerator.state.dynamo_plugin.backend)
         shown = SimpleNamespace(device=Cuda("cpu"), autocast=accelerator.autocast, state=state)
         compile_prior(prior, shown, args, prompt_embeds)
         print("compiled", torch._dynamo.utils.counters["stats"]["unique_graphs"], "times", flush=True)
@@ -163,7 +172,7 @@ slow = pytest.mark.slow
 )
 def test_a_run_is_that_of_the_uncompiled_prior(train, steady_prior, accumulation, flags, backend):
     """Weights, average, losses, norms and validation of each update; without dropout, of which each draws its own."""
-    steps = STEPS | {"gradient_accumulation_steps": accumulation, "pretrained_prior_model_name_or_path": steady_prior}
+    steps = steady(steady_prior, accumulation)
     compiled = train(functools.partial(play, backend=backend), **steps, **flags, compile=True)
     plain = train(**steps, **flags)
     assert compiled.returncode == plain.returncode == 0, (compiled, plain)
@@ -177,7 +186,7 @@ def test_a_run_is_that_of_the_uncompiled_prior(train, steady_prior, accumulation
 @slow
 def test_8bit_adam_takes_the_graphs_gradients(train, steady_prior):
     pytest.importorskip("bitsandbytes")
-    steps = STEPS | {"gradient_accumulation_steps": 2, "pretrained_prior_model_name_or_path": steady_prior}
+    steps = steady(steady_prior, 2)
     compiled, plain = (train(m, **steps, use_8bit_adam=True, compile=bool(m)) for m in (play, None))
     assert compiled.returncode == plain.returncode == 0, (compiled, plain)
     assert_trains_alike(compiled, plain, tolerance=1e-2)
@@ -197,7 +206,7 @@ def test_a_resumed_run_ends_as_the_unbroken_one(train, tmp_path):
 @cpu_only
 @slow
 def test_two_ranks_share_their_gradients(train_ranks, steady_prior):
-    steps = STEPS | {"gradient_accumulation_steps": 2, "pretrained_prior_model_name_or_path": steady_prior}
+    steps = steady(steady_prior, 2)
     compiled, plain = train_ranks(play, **steps, compile=True), train_ranks(**steps)
     assert all(run.returncode == 0 for run in (*compiled, *plain)), (*compiled, *plain)
     assert all(run.output.count("replayed backward") == 10 for run in compiled)
@@ -230,7 +239,7 @@ def test_without_a_compiler_it_is_left_out_with_one_line(train):
 @cpu_only
 @slow
 def test_accelerates_own_compiling_works_and_goes_first(train, steady_prior):
-    steps = STEPS | {"gradient_accumulation_steps": 2, "pretrained_prior_model_name_or_path": steady_prior}
+    steps = steady(steady_prior, 2)
     theirs, plain = train(env={"ACCELERATE_DYNAMO_BACKEND": "eager"}, **steps, compile=True), train(**steps)
     assert theirs.returncode == plain.returncode == 0, (theirs, plain)
     assert LEFT_OUT in theirs.output
@@ -248,7 +257,7 @@ def test_accelerates_own_compiling_works_and_goes_first(train, steady_prior):
 def test_what_it_does_not_go_with_is_left_alone(monkeypatch, kind, backend):
     said, prior = [], make_prior()
     monkeypatch.setattr(encoding.logger, "warning", said.append)
-    state = SimpleNamespace(distributed_type=kind, dynamo_plugin=SimpleNamespace(backend=backend))
+    state = accelerators_state(kind, backend)
     encoding.compile_prior(prior, SimpleNamespace(device=Cuda("cpu"), state=state), None, None)
     assert "forward" not in vars(prior)
     assert len(said) == 1 and said[0].startswith(LEFT_OUT)
@@ -277,9 +286,7 @@ def played():
     args = SimpleNamespace(
         train_batch_size=4, resolution=128, gradient_accumulation_steps=1, gradient_checkpointing=True
     )
-    state = SimpleNamespace(
-        distributed_type=DistributedType.NO, dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)
-    )
+    state = accelerators_state(DistributedType.NO, DynamoBackend.NO)
     shown = SimpleNamespace(device=Cuda("cpu"), state=state, autocast=nullcontext)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "make_graphed_callables", played_graphs)
@@ -347,7 +354,7 @@ def test_dropout_has_the_same_distribution():
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("flags", [{}, CHECKPOINTING], ids=["", "checkpointing"])
 def test_on_a_gpu_a_run_is_that_of_the_uncompiled_prior(train, steady_prior, accumulation, precision, flags):
-    steps = STEPS | {"gradient_accumulation_steps": accumulation, "pretrained_prior_model_name_or_path": steady_prior}
+    steps = steady(steady_prior, accumulation)
     compiled = train(**steps, **flags, mixed_precision=precision, compile=True)
     plain = train(**steps, **flags, mixed_precision=precision)
     assert compiled.returncode == plain.returncode == 0, (compiled, plain)

@@ -104,7 +104,7 @@ def time_reference(size, argv: list[str], started: float) -> dict:
         for _ in range(args.gradient_accumulation_steps):
             with accelerator.accumulate(prior):
                 with torch.no_grad():
-                    prompt_embeds, latents = script.encode_batch(parts.text_encoder, parts.image_encoder, parts.batch)
+                    prompt_embeds, latents = encode(parts)
                     image_embeds = latents.add(1.0).div(42.0)
                     noise = torch.randn_like(image_embeds)
                     timesteps = torch.rand(len(noise), device=noise.device, dtype=noise.dtype)
@@ -128,8 +128,7 @@ def time_checkpointing(size, argv: list[str], started: float) -> dict:
     with it as diffusers does it by itself, under autocast's own settings, and as the script does both."""
     parts, found = open_parts(argv), {}
     prior, cuda = parts.prior.train(), parts.accelerator.device.type == "cuda"
-    with torch.no_grad():
-        prompt_embeds, latents = script.encode_batch(parts.text_encoder, parts.image_encoder, parts.batch)
+    prompt_embeds, latents = encode(parts)
     given = latents.float(), torch.rand(len(latents), device=latents.device), prompt_embeds
     chosen, default = prior._gradient_checkpointing_func, accelerate.utils.AutocastKwargs()
 
@@ -157,8 +156,7 @@ def open_parts(argv: list[str]) -> SimpleNamespace:
     """What `main` has before it trains, and the first batch of the data, on the device."""
     args = script.parse_args(argv)
     accelerator, rows = script.make_accelerator(args), script.load_train_dataset(args, args.seed)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16} if accelerator.native_amp else {}
-    tokenizer, *models = script.load_models(args, None, half.get(args.mixed_precision, torch.float32))
+    tokenizer, *models = script.load_models(args, None, script.frozen_dtype(accelerator))
     text_encoder, image_encoder, prior = (model.to(accelerator.device) for model in models)
     parts = SimpleNamespace(args=args, accelerator=accelerator, rows=rows, tokenizer=tokenizer, prior=prior)
     parts.text_encoder, parts.image_encoder, size = text_encoder, image_encoder, args.train_batch_size
@@ -168,6 +166,12 @@ def open_parts(argv: list[str]) -> SimpleNamespace:
     batch = script.collate_fn([samples[position] for position in range(size)])
     parts.samples, parts.batch = samples, encoding.next_batch(iter([batch]), accelerator.device, set())
     return parts
+
+
+@torch.no_grad()
+def encode(parts: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """What both encoders give for the first batch: embeddings and latents."""
+    return script.encode_batch(parts.text_encoder, parts.image_encoder, parts.batch)
 
 
 def cache(parts: SimpleNamespace, rows: datasets.Dataset) -> datasets.Dataset:
@@ -198,20 +202,20 @@ def time_encoding(size, argv: list[str], started: float) -> dict:
         reader, encoding.ENCODING_BATCH, collate_fn=list, num_workers=parts.args.dataloader_num_workers
     )
 
-    @torch.no_grad()
-    def encode(batches: int):
+    def encode_batches(batches: int):
         for _ in range(batches):
-            script.encode_batch(parts.text_encoder, parts.image_encoder, parts.batch)
+            encode(parts)
 
     def read():
         for batch in loader:
             assert not any(problem for _, problem in batch)
 
-    encode(2)
+    encode_batches(2)
     return {
         "--cache_latents, rows/s": count / seconds(cache, parts, rows),
         "of that, hashing the weights, s": seconds(encoding.fingerprint, parts.text_encoder, parts.image_encoder),
-        "encoders alone, pixels on the device, rows/s": count / seconds(encode, count // encoding.ENCODING_BATCH),
+        "encoders alone, pixels on the device, rows/s": count
+        / seconds(encode_batches, count // encoding.ENCODING_BATCH),
         f"reading JPEGs alone, {size.workers} workers, rows/s": count / seconds(read),
     }
 
@@ -249,11 +253,11 @@ def compare_gradients(size, argv: list[str], started: float) -> dict:
     for module in prior.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    with torch.no_grad():
-        prompt_embeds, latents = script.encode_batch(parts.text_encoder, parts.image_encoder, parts.batch)
-        noise = torch.randn(latents.shape, device=latents.device)
-        timesteps = torch.linspace(0.05, 0.95, len(noise), device=noise.device)
-        noisy_latents = scheduler.add_noise((latents.float() + 1) / 42, noise, timesteps)
+    prompt_embeds, latents = encode(parts)
+    image_embeds = (latents.float() + script.LATENT_STD) / script.LATENT_MEAN
+    noise = torch.randn_like(image_embeds)
+    timesteps = torch.linspace(0.05, 0.95, len(noise), device=noise.device)
+    noisy_latents = scheduler.add_noise(image_embeds, noise, timesteps)
 
     def gradients(precision, prompt_embeds: torch.Tensor) -> dict:
         prior.zero_grad()

@@ -1,24 +1,48 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Fine-tune the Würstchen prior, the model that draws a picture's 42 times smaller latents from its caption.
+"""Fine-tune the Würstchen prior, the model that generates an image's latents, 42 times smaller, from its
+caption.
 
-    accelerate launch train_text_to_image_prior.py --train_data_dir=pictures --output_dir=run   # as configured
-    torchrun --nproc_per_node=8 train_text_to_image_prior.py --train_data_dir=pictures --output_dir=run
-    python train_text_to_image_prior.py --train_data_dir=pictures --output_dir=run              # one device
+    accelerate launch train_text_to_image_prior.py --train_data_dir=images --output_dir=run   # as configured
+    torchrun --nproc_per_node=8 train_text_to_image_prior.py --train_data_dir=images --output_dir=run
+    python train_text_to_image_prior.py --train_data_dir=images --output_dir=run              # one device
 
 To resume, run the same command again with --resume_from_checkpoint=latest. The README explains every flag.
 
-Where to edit: augmentation in `read_row`, captions in `tokenize_captions`, data in `load_train_dataset`, the
-optimizer in `make_optimizer`, noise and loss in the loop of `main`. The file reads in the order in which it runs. The
-image encoder, and the plumbing that is called `encoding.`, are in modeling_efficient_net_encoder.py: how pictures are
-decoded, the order of samples, the loaders, what --cache_latents keeps, and --compile.
+The file reads in the order in which it runs, and `main`, at its end, is the summary:
+
+    arguments      parse_args, public_args, explain_errors
+    setup          setup_accelerator, check_destinations, init_trackers, deferred_signals
+    data           load_train_dataset, load_image, make_augmentations, choose_caption, preprocess_train, SamplePlan
+    models         load_encoders, load_prior, load_ema, make_optimizer, make_lr_scheduler
+    diffusion      encode_batch, sample_timesteps, diffusion_loss
+    validation     is_validation_due, Validator
+    checkpoints    TrainState, find_checkpoint, load_train_state, save_checkpoint
+    logging        log_metrics, log_images, save_contact_sheet, save_loss_curve
+    publishing     save_pipeline, save_model_card, push_to_hub
+    cache latents  cache_latents, preprocess_cached (need not be read)
+    compile        compile_prior (need not be read)
+    main           main
+
+Where to edit: the loss in `diffusion_loss`, augmentation in `make_augmentations`, captions in
+`choose_caption`, data layouts in `load_splits`, the optimizer in `make_optimizer`, trackers in `log_images`.
+
+Sizes: an image of --resolution=768 pixels becomes 24 x 24 latents, since the image encoder's stride is 32.
+The decoder turns 24 x 24 latents into 1024 pixels, 42.67 times as many: it was trained on latents of
+downscaled images. "42 times smaller" is that ratio, rounded. The 42.0 in LATENT_MEAN is unrelated: it scales
+the values of the latents.
 """
 
 import argparse
+import atexit
+import contextlib
 import functools
+import glob
+import hashlib
 import importlib
+import inspect
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -26,12 +50,13 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import accelerate
 import datasets
@@ -40,469 +65,1345 @@ import huggingface_hub as hub
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
-from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from datasets.fingerprint import Hasher
 from diffusers import DDPMWuerstchenScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch.utils.checkpoint import checkpoint as checkpoint_block
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import transforms
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
-import modeling_efficient_net_encoder as encoding
+from modeling_efficient_net_encoder import STRIDE, EfficientNetEncoder
 
 try:
     from diffusers.pipelines import wuerstchen
-except ImportError:  # diffusers 0.38 moved the package, but what is saved and published names it by its old place
+except (
+    ImportError
+):  # diffusers 0.38 moved the package, but published and saved pipelines refer to its old place
     from diffusers.pipelines.deprecated import wuerstchen
 
     diffusers.pipelines.wuerstchen = wuerstchen
 
 logger = get_logger(__name__, log_level="INFO")
 
-# The published prior pipeline undoes the scaling of its latents with these: latents * LATENT_MEAN - LATENT_STD.
+# The published prior pipeline ends with latents * LATENT_MEAN - LATENT_STD; training applies the inverse. The
+# names are those of WuerstchenPriorPipeline's `latent_mean` and `latent_std`.
 LATENT_MEAN, LATENT_STD = 42.0, 1.0
-STATE_FILE = "trainer_state.json"  # written last into a checkpoint, so that one without it is torn
-CACHES = (datasets.config.HF_DATASETS_CACHE, hub.constants.HF_HUB_CACHE)  # may hold pictures of the Hub's data sets
-SMALLEST_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has gone wrong
-VALIDATION_TIMEOUT = timedelta(hours=3)  # of every collective: other ranks wait while the first saves or downloads
-GUIDANCE_SCALE = 4.0  # of validation pictures: the guide's `prior_guidance_scale`
-LOSS_BANDS = 4  # equal parts of [0, 1), the timesteps, that the held-out loss is told for
-PUSH_WAITS = (10, 30, 60, 300, 900)  # seconds between tries to upload while the Hub is out of order
+RESOLUTION_MULTIPLE = 42.67  # generated pixels per latent: WuerstchenPriorPipeline's `resolution_multiple`
+IMAGENET_MEAN, IMAGENET_STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # torchvision's EfficientNet weights
+GUIDANCE_SCALE = 4.0  # of validation images: the guide's `prior_guidance_scale`
+NUM_LOSS_BANDS = 4  # equal parts of [0, 1), the timesteps, for which the held-out loss is reported
+IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+MAX_ASPECT_RATIO = (
+    8  # longer images are cropped to it: resizing 60000 x 1 pixels to height 512 would fill the memory
+)
+MIN_LOSS_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has diverged
+MAX_BAD_ROWS = 12  # unreadable rows drawn in succession, after which the data set is considered broken
+COLLECTIVE_TIMEOUT = timedelta(hours=3)  # other ranks wait while the first one downloads or saves
+BATCH_TIMEOUT = 10  # seconds without a batch after which a requested stop no longer waits for it
+DUPLICATE_SIGTERM = (
+    2.0  # seconds within which two SIGTERMs are one: a scheduler and torchrun may both send it
+)
+PUSH_RETRY_DELAYS = (10, 30, 60, 300, 900)  # seconds between attempts to upload during a Hub outage
 
 
-# ------------------------------------------------------------------------------------------------ arguments
-def bounded(kind: type, low: float, below: float = math.inf):
-    """An argparse type: an int or a float in [low, below)."""
+# -------------------------------------------------------------------------------------------------- arguments
+def bounded(number_type: type, minimum: float, below: float = math.inf) -> Callable[[str], float]:
+    """Returns an argparse type: an int or a float in [minimum, below)."""
 
-    def convert(text: str):
-        if low <= (value := kind(text)) < below:
-            return value
-        limit = "" if below == math.inf else f" and below {below}"
-        raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, not {text}")
+    def convert(text: str) -> float:
+        value = number_type(text)
+        if not minimum <= value < below:
+            limit = "" if below == math.inf else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}{limit}, not {text}")
+        return value
 
-    convert.__name__ = kind.__name__  # argparse says "invalid int value" with it
+    convert.__name__ = number_type.__name__  # for argparse's message "invalid int value"
     return convert
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line's settings; what contradicts itself ends here, before anything is loaded."""
-    parser = argparse.ArgumentParser(description="Fine-tune the Würstchen prior on captioned pictures.")
-    count, size, fraction, real = bounded(int, 1), bounded(int, 0), bounded(float, 0, 1), bounded(float, 0)
-    on = {"action": "store_true"}
+    """Parses the command line and rejects contradictory flags before anything is loaded."""
+    parser = argparse.ArgumentParser(description="Fine-tune the Würstchen prior on captioned images.")
+    positive_int, natural = bounded(int, 1), bounded(int, 0)
+    fraction, non_negative = bounded(float, 0, 1), bounded(float, 0)
 
-    flag = parser.add_argument_group("models, each a Hub repo or a local folder").add_argument
-    flag("--pretrained_prior_model_name_or_path", default="warp-ai/wuerstchen-prior", help="what is trained")
-    flag("--pretrained_decoder_model_name_or_path", default="warp-ai/wuerstchen", help="what draws from its latents")
-    flag("--pretrained_image_encoder_name_or_path", default="dome272/wuerstchen", help="what gives pictures' latents")
-    flag("--cache_dir", help="folder for downloaded models, prepared data sets and encoded pictures")
+    add = parser.add_argument_group("models, each a Hub repo or a local folder").add_argument
+    add(
+        "--pretrained_prior_model_name_or_path",
+        default="warp-ai/wuerstchen-prior",
+        help="the prior to fine-tune",
+    )
+    add(
+        "--pretrained_decoder_model_name_or_path",
+        default="warp-ai/wuerstchen",
+        help="decodes latents to images",
+    )
+    add(
+        "--pretrained_image_encoder_name_or_path",
+        default="dome272/wuerstchen",
+        help="encodes images to latents",
+    )
+    add("--cache_dir", help="folder for downloaded models, prepared data sets and encoded images")
 
-    flag = parser.add_argument_group("data, one of the first two; the data set's name wins").add_argument
-    flag("--dataset_name", help="a data set on the Hub, or a local copy of one")
-    flag("--train_data_dir", help="folder of pictures with a metadata.jsonl or .csv, or of Parquet or Arrow files")
-    flag("--dataset_config_name", help="which configuration of the data set")
-    flag("--image_column", default="image", help="the column of pictures")
-    flag("--caption_column", default="text", help="the column of captions, each a string or a list of them")
-    flag("--max_train_samples", type=count, help="take so many rows, drawn with the seed")
-    flag("--validation_split", type=bounded(float, 1e-9), help="rows, or below 1 a share of them, held out")
-    flag("--resolution", type=bounded(int, encoding.STRIDE), default=512, help="side of the square cropped, in pixels")
-    flag("--random_crop", **on, help="crop anywhere, not at the centre")
-    flag("--random_flip", **on, help="mirror half of the pictures, left to right")
-    flag("--skip_bad_rows", **on, help="put other rows in place of those that cannot be read, instead of stopping")
-    flag("--dataloader_num_workers", type=size, default=0, help="reading processes; 0: the main one reads")
-    flag("--cache_latents", **on, help="encode all rows once, onto disk: about 215 KB a row of one caption at 768")
+    add = parser.add_argument_group("data: one of the first two; --dataset_name has precedence").add_argument
+    add("--dataset_name", help="a data set on the Hub, or a local copy of one")
+    add(
+        "--train_data_dir",
+        help="folder of images with a metadata.jsonl or .csv, or of Parquet or Arrow files",
+    )
+    add("--dataset_config_name", help="configuration of the data set")
+    add("--image_column", default="image", help="column of the images")
+    add("--caption_column", default="text", help="column of the captions, each a string or a list of strings")
+    add("--max_train_samples", type=positive_int, help="number of rows to use, selected with the seed")
+    add(
+        "--validation_split", type=bounded(float, 1e-9), help="held-out rows: a number, or below 1 a fraction"
+    )
+    add("--resolution", type=bounded(int, STRIDE), default=512, help="side of the square crop, in pixels")
+    add("--random_crop", action="store_true", help="crop at a random position instead of the center")
+    add("--random_flip", action="store_true", help="mirror half of the images, left to right")
+    add("--skip_bad_rows", action="store_true", help="replace unreadable rows by others instead of stopping")
+    add(
+        "--dataloader_num_workers", type=natural, default=0, help="worker processes that read images; 0: none"
+    )
+    add(
+        "--cache_latents",
+        action="store_true",
+        help="encode all rows once, to disk; about 215 KB a row at 768",
+    )
 
-    flag = parser.add_argument_group("training; a step is an update of the weights").add_argument
-    flag("--seed", type=size, help="of all that is drawn; by default one is picked, told and kept")
-    flag("--train_batch_size", type=count, default=1, help="pictures a device and micro-step")
-    flag("--gradient_accumulation_steps", type=count, default=1, help="micro-steps an update")
-    flag("--num_train_epochs", type=count, default=100, help="passes over the data")
-    flag("--max_train_steps", type=count, help="updates in all, instead of epochs")
-    flag("--gradient_checkpointing", **on, help="less memory, a slower backward pass")
-    flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="by default what Accelerate was told")
-    flag("--allow_tf32", **on, help="TF32 for float32 matrix products on CUDA")
-    flag("--use_ema", **on, help="keep an average of the weights, which is then validated and saved")
-    flag("--loss_weighting", choices=["none", "p2"], default="none", help="p2 is the original training's")
-    flag("--timestep_sampling", choices=["uniform", "stretched"], default="uniform", help="stretched: the original's")
-    flag("--caption_dropout", type=fraction, default=0.0, help="share of samples trained on the empty caption")
-    flag("--compile", **on, help="compile the prior and replay it as CUDA graphs: a slower start, faster steps")
+    add = parser.add_argument_group("training; a step is one update of the weights").add_argument
+    add("--seed", type=natural, help="of all random numbers; by default one is chosen, logged and saved")
+    add("--train_batch_size", type=positive_int, default=1, help="images per device and micro-step")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-steps per step")
+    add("--num_train_epochs", type=positive_int, default=100, help="passes over the data")
+    add("--max_train_steps", type=positive_int, help="total number of steps; overrides --num_train_epochs")
+    add("--gradient_checkpointing", action="store_true", help="use less memory, with a slower backward pass")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="by default Accelerate's configuration")
+    add("--allow_tf32", action="store_true", help="use TF32 for float32 matrix products on CUDA")
+    add("--use_ema", action="store_true", help="average the weights; the average is validated and saved")
+    add("--loss_weighting", choices=["none", "p2"], default="none", help="p2: as in the original training")
+    add(
+        "--timestep_sampling",
+        choices=["uniform", "stretched"],
+        default="uniform",
+        help="stretched: as the original",
+    )
+    add(
+        "--caption_dropout",
+        type=fraction,
+        default=0.0,
+        help="fraction of samples trained on the empty caption",
+    )
+    add("--compile", action="store_true", help="compile the prior and replay it as CUDA graphs")
 
-    flag = parser.add_argument_group("optimizer, AdamW").add_argument
-    flag("--learning_rate", type=real, default=1e-4, help="at the schedule's peak")
-    flag("--lr_scheduler", choices=[schedule.value for schedule in SchedulerType], default="constant")
-    flag("--lr_warmup_steps", type=size, default=500, help="updates, for schedules that warm up")
-    flag("--lr_step_rules", help="for piecewise_constant: 1:100,0.1:200,0.01 is the peak's share until an update")
-    flag("--adam_beta1", type=fraction, default=0.9)
-    flag("--adam_beta2", type=fraction, default=0.999)
-    flag("--adam_weight_decay", type=real, default=0.0)
-    flag("--adam_epsilon", type=real, default=1e-8)
-    flag("--max_grad_norm", type=bounded(float, 1e-8), default=1.0, help="longer gradients are clipped to this")
-    flag("--use_8bit_adam", **on, help="bitsandbytes' AdamW8bit, for less memory")
+    add = parser.add_argument_group("optimizer, AdamW").add_argument
+    add("--learning_rate", type=non_negative, default=1e-4, help="peak of the schedule")
+    add("--lr_scheduler", choices=[schedule.value for schedule in SchedulerType], default="constant")
+    add("--lr_warmup_steps", type=natural, default=500, help="steps, for schedules with a warm-up")
+    add(
+        "--lr_step_rules",
+        help="for piecewise_constant: 1:100,0.1:200,0.01 are factors and the steps they end at",
+    )
+    add("--adam_beta1", type=fraction, default=0.9)
+    add("--adam_beta2", type=fraction, default=0.999)
+    add("--adam_weight_decay", type=non_negative, default=0.0)
+    add("--adam_epsilon", type=non_negative, default=1e-8)
+    add("--max_grad_norm", type=bounded(float, 1e-8), default=1.0, help="gradients are clipped to this norm")
+    add("--use_8bit_adam", action="store_true", help="use bitsandbytes' AdamW8bit, which needs less memory")
 
-    flag = parser.add_argument_group("output").add_argument
-    flag("--output_dir", default="wuerstchen-model-finetuned", help="folder for all that a run leaves")
-    flag("--overwrite_output_dir", **on, help="delete the checkpoints there that this run does not go on from")
-    flag("--checkpointing_steps", type=count, default=500, help="updates between checkpoints")
-    flag("--checkpoints_total_limit", type=count, help="how many of the newest checkpoints to keep")
-    flag("--resume_from_checkpoint", help="'latest' or a checkpoint's path")
-    flag("--validation_prompts", nargs="+", help="captions to draw before, while and after training")
-    flag("--validation_epochs", type=count, default=5, help="epochs between validations")
-    flag("--validation_steps", type=count, help="updates between validations, instead of epochs")
-    flag("--logging_dir", default="logs", help="the trackers' folder under --output_dir")
-    names = {"type": lambda text: text.replace(" ", "") or "none", "default": "tensorboard"}
-    flag("--report_to", **names, help="trackers by comma: tensorboard, wandb, comet_ml, ..., all, none")
-    flag("--tracker_project_name", default="text2image-fine-tune")
-    flag("--push_to_hub", **on, help="upload the result at the end")
-    flag("--hub_model_id", help="the repo to upload to; by default the name of --output_dir")
-    flag("--hub_private_repo", **on, help="make the repo a private one, if there is none yet")
-    flag("--hub_token", type=str.strip, help="goes to the Hub only; safer is `hf auth login`")
-    flag("--local_rank", type=int, default=-1, help="unused: Accelerate reads the environment")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="wuerstchen-model-finetuned", help="folder for everything that is written")
+    add(
+        "--overwrite_output_dir", action="store_true", help="delete checkpoints that this run does not resume"
+    )
+    add("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
+    add("--checkpoints_total_limit", type=positive_int, help="number of checkpoints to keep; default: all")
+    add("--resume_from_checkpoint", help="'latest' or the path of a checkpoint")
+    add(
+        "--validation_prompts",
+        nargs="+",
+        help="prompts to generate images for before, during and after training",
+    )
+    add("--validation_epochs", type=positive_int, default=5, help="epochs between validations")
+    add(
+        "--validation_steps",
+        type=positive_int,
+        help="steps between validations; overrides --validation_epochs",
+    )
+    add("--logging_dir", default="logs", help="folder of the trackers' files, under --output_dir")
+    add(
+        "--report_to",
+        type=lambda text: text.replace(" ", "") or "none",
+        default="tensorboard",
+        help="trackers, separated by commas: tensorboard, wandb, comet_ml, ..., all, none",
+    )
+    add("--tracker_project_name", default="text2image-fine-tune")
+    add("--push_to_hub", action="store_true", help="upload the result at the end")
+    add("--hub_model_id", help="repo to upload to; default: the name of --output_dir")
+    add("--hub_private_repo", action="store_true", help="make the repo private, if it does not exist yet")
+    add("--hub_token", type=str.strip, help="sent to the Hub only; `hf auth login` is safer")
+    add("--local_rank", type=int, default=-1, help="not used: Accelerate reads the environment")
 
     args = parser.parse_args(argv)
     if args.dataset_name is None and args.train_data_dir is None:
         parser.error("give --dataset_name (a data set on the Hub) or --train_data_dir (a folder)")
     if (args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None):
         parser.error("--lr_scheduler=piecewise_constant and --lr_step_rules need each other")
-    if args.cache_latents and (args.random_crop or args.random_flip):
-        parser.error("--random_crop and --random_flip make other latents each time: leave out --cache_latents")
+    if args.cache_latents and make_augmentations(args):
+        parser.error(
+            "--cache_latents encodes each image once, but --random_crop, --random_flip and whatever else "
+            "make_augmentations returns change it every epoch: leave out one or the other"
+        )
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`")
     available = [*map(str, get_available_trackers()), "all", "none"]
-    for name in set(args.report_to.split(",")) - set(available):
-        parser.error(f"--report_to={name} is not installed; there is {', '.join(available)}")
+    for name in args.report_to.split(","):
+        if name not in available:
+            parser.error(f"--report_to={name} is not installed; available: {', '.join(available)}")
     return args
 
 
-def recipe_of(args: argparse.Namespace) -> str:
-    """What was set, for all to see: without the token, and without what only means something on this machine."""
-    hidden = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir", "dataloader_num_workers", "local_rank")
-    told = {name: v for name, v in vars(args).items() if name not in hidden and v is not None and v is not False}
-    shown = {name: v for name, v in told.items() if not (isinstance(v, str) and os.path.exists(v))}
-    return " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in shown.items())
+def public_args(args: argparse.Namespace) -> str:
+    """The settings as flags, for image files and the model card: without the token, local paths, and whatever
+    else only has a meaning on this machine."""
+    private = (
+        "hub_token",
+        "resume_from_checkpoint",
+        "overwrite_output_dir",
+        "dataloader_num_workers",
+        "local_rank",
+    )
+    words = []
+    for name, value in vars(args).items():
+        is_local_path = isinstance(value, str) and os.path.exists(value)
+        if name in private or is_local_path or value is None or value is False:
+            continue
+        if isinstance(value, list):
+            words += [f"--{name}", *value]
+        else:
+            words.append(f"--{name}" if value is True else f"--{name}={value}")
+    return shlex.join(words)
 
 
-@contextmanager
-def blaming(flag: str, value):
-    """Turns whatever a library says of a user's setting into one line that names the flag."""
+@contextlib.contextmanager
+def explain_errors(flag: str, value) -> Iterator[None]:
+    """Turns a library's error about a user's setting into one line that names the flag."""
     try:
         yield
     except Exception as error:
         while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-            error = error.__cause__  # which hides, for instance, a full disk
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            error = error.__cause__  # the reason, for example a full disk
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0][:300] if lines else ""
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise SystemExit(f"{flag}={value}: {kind}{reason[:300]}") from None
+        raise SystemExit(f"{flag}={value}: {kind}{reason}") from None
 
 
-# ----------------------------------------------------------------------------------------------------- data
-def load_train_dataset(args: argparse.Namespace, seed: int) -> datasets.Dataset:
-    """The rows to train on, their pictures still encoded: `read_row` decodes them."""
-    name, folder = args.dataset_name, args.train_data_dir
-    if name is not None and folder is not None:
-        logger.warning(f"--train_data_dir={folder} is not used: --dataset_name is given too")
-    with blaming("--train_data_dir" if name is None else "--dataset_name", folder if name is None else name):
-        if name is None and not Path(folder).is_dir():
-            raise ValueError("there is no such folder")
-        dataset = encoding.load_split("train", name or folder, args.dataset_config_name, args.cache_dir, name is None)
-    with blaming("--image_column", args.image_column):
-        dataset = encoding.keep_encoded(dataset, args.image_column)
-    with blaming("--caption_column", args.caption_column):
-        dataset = dataset.select_columns([args.image_column, encoding.find_column(dataset, args.caption_column)])
-    if args.max_train_samples is not None:
-        if args.max_train_samples > len(dataset):
-            logger.warning(f"--max_train_samples={args.max_train_samples}: all {len(dataset)} rows are used")
-        count = min(args.max_train_samples, len(dataset))
-        dataset = dataset.shuffle(seed=seed, keep_in_memory=True).select(range(count))
-    return dataset
+# ------------------------------------------------------------------------------------------------------ setup
+def setup_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Sets up devices, precision, trackers and logging, as `accelerate config`, the launcher and the flags
+    say."""
+    if args.hub_token:  # wandb and comet_ml record the command line
+        sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
+    with explain_errors("--output_dir", args.output_dir):
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    logging_dir = os.path.join(args.output_dir, args.logging_dir)
+    accelerator = Accelerator(
+        # As a plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would override the
+        # number.
+        gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(
+            args.gradient_accumulation_steps
+        ),
+        mixed_precision=args.mixed_precision,
+        log_with=[name for name in args.report_to.split(",") if name != "none"] or None,
+        project_config=accelerate.utils.ProjectConfiguration(args.output_dir, logging_dir),
+        kwargs_handlers=[
+            # Each weight is used once per pass, so autocast's cache would only keep 2 GB of half-precision
+            # copies.
+            accelerate.utils.AutocastKwargs(cache_enabled=False),
+            accelerate.utils.InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+        ],
+    )
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO
+    )
+    for library in ("accelerate", "httpx", "httpx2"):  # the last two log every request
+        logging.getLogger(library).setLevel(logging.WARNING)
+    diffusers.utils.logging.set_verbosity_error()  # it warns that the Würstchen pipelines are deprecated
+    diffusers.utils.logging.disable_progress_bar()
+    atexit.register(kill_workers)
+    if accelerator.distributed_type in (
+        DistributedType.DEEPSPEED,
+        DistributedType.FSDP,
+        DistributedType.MEGATRON_LM,
+    ):
+        raise SystemExit(
+            f"accelerate config: {accelerator.distributed_type.value} is not supported; choose multi-GPU, and save "
+            "memory with --use_8bit_adam --gradient_checkpointing: 1 B parameters need no sharding"
+        )
+    if accelerator.mixed_precision != "no" and not accelerator.native_amp:
+        logger.warning(
+            f"{accelerator.device} does not support {accelerator.mixed_precision}: training in float32"
+        )
+    return accelerator
 
 
-def tokenize_captions(captions: list[str], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLIP tokens and their mask, (B, 77) int64 and bool: padded, and cut to what the text encoder can take."""
-    inputs = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    return inputs.input_ids, inputs.attention_mask.bool()
+def check_destinations(args: argparse.Namespace) -> str:
+    """Checks now what is needed at the end: the decoder, and permission to write to the repo, whose id it
+    returns."""
+    source = args.pretrained_decoder_model_name_or_path
+    with explain_errors("--pretrained_decoder_model_name_or_path", source):
+        config = wuerstchen.WuerstchenDecoderPipeline.load_config(source, cache_dir=args.cache_dir)
+        if not {"decoder", "vqgan"} <= config.keys():
+            raise ValueError("its model_index.json is not that of a Würstchen decoder")
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    if args.push_to_hub:
+        with explain_errors("--push_to_hub: --hub_model_id", repo_id):
+            private = True if args.hub_private_repo else None
+            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True, token=args.hub_token).repo_id
+            # Asks how a file would be uploaded, which is forbidden to a read-only token. Nothing is uploaded.
+            hub.preupload_lfs_files(
+                repo_id, [hub.CommitOperationAdd("README.md", b"-")], token=args.hub_token
+            )
+    return repo_id
 
 
-def read_row(row: dict, args: argparse.Namespace, draw: random.Random | None = None) -> tuple[torch.Tensor, list[str]]:
-    """A row's pixels, (3, resolution, resolution), normalised for the encoder, and its captions.
-
-    Take whatever is random from `draw`, seeded for the sample, so that a resumed run draws the same; without `draw`
-    nothing may be random. Raises ValueError if the row cannot be read."""
-    captions = encoding.check_captions(row[args.caption_column], row[args.image_column])
-    folders = [args.train_data_dir] if args.dataset_name is None else [args.dataset_name, args.cache_dir, *CACHES]
-    image = encoding.decode_picture(row[args.image_column], [Path(folder) for folder in folders if folder])
-    image = encoding.crop_square(image, args.resolution, draw if args.random_crop else None)
-    if args.random_flip and draw.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return encoding.normalize_pixels(image), captions
-
-
-def preprocess_train(row: dict, draw: random.Random, tokenizer, args: argparse.Namespace) -> dict:
-    """A row of the data set as tensors: pixels as `read_row` gives them, tokens and mask (77,) of one caption."""
-    pixels, captions = read_row(row, args, draw)
-    caption = encoding.pick_caption(captions, draw, args.caption_dropout, empty="")
-    (text_input_ids,), (text_mask,) = tokenize_captions([caption], tokenizer)
-    return {"effnet_pixel_values": pixels, "text_input_ids": text_input_ids, "text_mask": text_mask}
+def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: "TrainState"):
+    """Starts the trackers, or continues the curves of the run that is resumed."""
+    config = {}
+    for name, value in vars(args).items():
+        if name != "hub_token":
+            config[name] = value if isinstance(value, (int, float, str)) else str(value)
+    init_kwargs = {
+        "tensorboard": {"purge_step": state.global_step + 1 if state.plan else 0},
+        "wandb": {"id": state.wandb_run_id, "resume": "allow"},
+    }
+    accelerator.init_trackers(args.tracker_project_name, config, init_kwargs)
 
 
-def collate_fn(examples: list[dict]) -> dict:
-    """Stacks samples to a batch; a problem in one of them is the batch's."""
-    problems = [example["problem"] for example in examples if "problem" in example]
-    if problems:
-        return {"problem": problems[0]}
-    batch = {name: torch.stack([e[name] for e in examples]) for name, v in examples[0].items() if torch.is_tensor(v)}
-    batch["rows"] = [example["row"] for example in examples]
-    batch["bad_rows"] = {row: text for example in examples for row, text in example["bad_rows"].items()}
-    return batch
+def kill_workers():
+    """Kills the data loaders' workers at exit. They ignore SIGTERM, with which multiprocessing ends its
+    processes: it would wait for them forever after an error in the training loop."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
-# --------------------------------------------------------------------------------------------------- models
-def deepspeed_zero_init_disabled_context_manager():
-    """Within it, DeepSpeed's ZeRO-3 does not partition the frozen models while they load."""
-    plugin = AcceleratorState().deepspeed_plugin if is_initialized() else None
-    return nullcontext() if plugin is None else plugin.zero3_init_context_manager(enable=False)
+@contextlib.contextmanager
+def deferred_signals(received: list[int]) -> Iterator[None]:
+    """Appends SIGTERM and SIGINT to `received` instead of stopping; a second signal stops the process at
+    once."""
+    received_at = -math.inf
 
+    def handler(number: int, frame):
+        nonlocal received_at
+        if number == signal.SIGTERM and time.monotonic() - received_at < DUPLICATE_SIGTERM:
+            return
+        if received:
+            os._exit(128 + number)
+        received_at = time.monotonic()
+        received.append(number)
+        os.write(2, b"\nStopping after this step; another signal stops at once.\n")
 
-def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype of the frozen models: that of mixed precision, where the device can do it."""
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16} if accelerator.native_amp else {}
-    return half.get(accelerator.mixed_precision, torch.float32)
-
-
-def load_models(args: argparse.Namespace, checkpoint: Path | None, weight_dtype: torch.dtype) -> tuple:
-    """The tokenizer, both frozen encoders in `weight_dtype`, and the prior, pretrained or the checkpoint's."""
-    source, cache_dir = args.pretrained_prior_model_name_or_path, args.cache_dir
-    with blaming("--pretrained_prior_model_name_or_path", source):
-        with deepspeed_zero_init_disabled_context_manager():
-            tokenizer = CLIPTokenizerFast.from_pretrained(source, subfolder="tokenizer", cache_dir=cache_dir)
-            text_encoder = load_text_encoder(args, weight_dtype).requires_grad_(False).eval()
-        settings = {"subfolder": "prior", "torch_dtype": torch.float32, "cache_dir": cache_dir}
-        prior = wuerstchen.WuerstchenPrior.from_pretrained(checkpoint or source, **settings)
-        given, taken = text_encoder.config.hidden_size, prior.config.c_cond
-        if given != taken:
-            raise ValueError(f"its text encoder gives {given} features, but its prior takes c_cond={taken}")
-    source = args.pretrained_image_encoder_name_or_path
-    with blaming("--pretrained_image_encoder_name_or_path", source), deepspeed_zero_init_disabled_context_manager():
-        image_encoder = encoding.EfficientNetEncoder.load(source, cache_dir)
-        image_encoder.requires_grad_(False).eval().to(weight_dtype)
-        given, taken = image_encoder.config.c_latent, prior.config.c_in
-        if given != taken:
-            raise ValueError(f"it gives c_latent={given} channels, but the prior takes c_in={taken}")
-    prior.set_attn_processor(AttnProcessor2_0())  # the same attention, by PyTorch's memory-efficient kernel
-    if args.gradient_checkpointing:
-        # diffusers' own choice, not reentrant, spends more time in Python than small batches take on a GPU.
-        prior.enable_gradient_checkpointing(functools.partial(checkpoint_block, use_reentrant=True))
-    return tokenizer, text_encoder, image_encoder, prior
-
-
-def load_text_encoder(args: argparse.Namespace, dtype: torch.dtype) -> CLIPTextModel:
-    """The prior's text encoder: CLIP ViT-bigG's text tower in the published model."""
-    source = args.pretrained_prior_model_name_or_path
-    return CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype, cache_dir=args.cache_dir)
-
-
-def embed_tokens(text_input_ids: torch.Tensor, text_mask: torch.Tensor, text_encoder: CLIPTextModel) -> torch.Tensor:
-    """Embeddings of tokenized captions, (B, 77, width): the text encoder's last hidden state."""
-    device = text_encoder.device
-    return text_encoder(text_input_ids.to(device), attention_mask=text_mask.to(device)).last_hidden_state
-
-
-def encode_batch(text_encoder, image_encoder, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions as embeddings, (B, 77, width), and pictures as the encoder's raw latents, (B, 16, side/32, side/32)."""
-    pixels = batch["effnet_pixel_values"].to(image_encoder.device, image_encoder.dtype)
-    return embed_tokens(batch["text_input_ids"], batch["text_mask"], text_encoder), image_encoder(pixels)
-
-
-def cache_encodings(accelerator, dataset, tokenizer, text_encoder, image_encoder, args) -> datasets.Dataset:
-    """The rows as what both encoders give for their pictures and for each of their captions, from disk, where it is
-    found again by all that it follows from."""
-    settings = (args.image_column, args.caption_column, args.resolution, text_encoder.dtype)
-    code = (read_row, tokenize_captions, embed_tokens, encode_batch, *encoding.READING)
-    parts = (settings, tokenizer.backend_tokenizer.to_str(), text_encoder, image_encoder, *code)
-    key = encoding.fingerprint(dataset._fingerprint, *parts)
-    read, tokenize = functools.partial(read_row, args=args), functools.partial(tokenize_captions, tokenizer=tokenizer)
-    encode = functools.partial(encode_batch, text_encoder, image_encoder)
-    with blaming("--cache_latents", f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"):
-        return encoding.encode_once(accelerator, dataset, key, read, tokenize, encode, args)
-
-
-def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over all of the prior, fused where the device has it."""
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_cls
-    else:
-        optimizer_cls = functools.partial(torch.optim.AdamW, fused=device.type in ("cuda", "cpu", "mps", "xpu"))
-    settings = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
-    return optimizer_cls(prior.parameters(), lr=args.learning_rate, eps=args.adam_epsilon, **settings)
-
-
-def draw_timesteps(count: int, sampling: str, device: torch.device) -> torch.Tensor:
-    """Timesteps for `count` samples, (count,) float32: uniform in [0, 1), or as train_stage_C.py of dome272/Wuerstchen
-    drew them: (1 - u) * 1.08 + 0.001, clamped to [0.001, 1], so that 7.5 % are 1, where all sampling begins."""
-    u = torch.rand(count, device=device)
-    return u if sampling == "uniform" else ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
-
-
-def loss_weights(weighting: str, noise_scheduler: DDPMWuerstchenScheduler, timesteps: torch.Tensor) -> torch.Tensor:
-    """The weight of each sample's loss, (B,): 1, or P2 weighting (arXiv:2204.00227) with k = gamma = 1, Würstchen's,
-    which is 1 / (1 + SNR) = 1 - alpha_bar(t)."""
-    zeros, ones = torch.zeros_like(timesteps), torch.ones_like(timesteps)
-    return ones if weighting == "none" else noise_scheduler.add_noise(zeros, ones, timesteps) ** 2
-
-
-def make_ema(args, prior: torch.nn.Module, checkpoint: Path | None) -> EMAModel:
-    """The average of the prior's weights (decay 0.9999, ramped up), new or the checkpoint's."""
-    if checkpoint is None:
-        return EMAModel(prior.parameters(), model_cls=type(prior), model_config=prior.config, foreach=True)
-    if not (checkpoint / "prior_ema").is_dir():
-        raise SystemExit(f"--use_ema: {checkpoint} has no prior_ema/ to go on with, since its run kept no average")
-    return EMAModel.from_pretrained(checkpoint / "prior_ema", type(prior), foreach=True)
-
-
-@contextmanager
-def averaged_weights(accelerator: Accelerator, prior: torch.nn.Module, ema_prior: EMAModel | None, use_ema: bool):
-    """Within it, the prior of every rank holds the average of its weights, which the first rank keeps, if any does."""
-    kept = [parameter.detach().to("cpu", copy=True) for parameter in prior.parameters()] if use_ema else []
-    if ema_prior is not None:
-        ema_prior.copy_to(prior.parameters())
-    pairs = list(zip(prior.parameters(), kept, strict=use_ema))
-    for parameter, _ in pairs:
-        accelerate.utils.broadcast(parameter.data)
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for parameter, value in pairs:
-            parameter.data.copy_(value)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
-def read_numbers(accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, signals: list) -> tuple[float, float, bool]:
-    """The loss, averaged over the ranks, the gradient's norm, and whether a rank was told to stop: one transfer."""
-    shared = accelerator.reduce(torch.stack([loss, torch.full_like(loss, len(signals))]), "mean")
-    loss, told, grad_norm = torch.cat([shared, grad_norm.to(loss)[None]]).tolist()
-    return loss, grad_norm, told > 0
+# ------------------------------------------------------------------------------------------------------- data
+def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
+    """Loads the images, still encoded (`load_image` decodes them), and captions to train on."""
+    source, flag = args.dataset_name, "--dataset_name"
+    if source is None:
+        source, flag = args.train_data_dir, "--train_data_dir"
+    elif args.train_data_dir is not None:
+        logger.warning(f"--train_data_dir={args.train_data_dir} is ignored, since --dataset_name is given")
+    with explain_errors(flag, source):
+        splits = load_splits(
+            source, args.dataset_config_name, args.cache_dir, local=args.dataset_name is None
+        )
+        if not len(splits.get("train", ())):
+            raise ValueError(f"there are no rows in a split named train, only {', '.join(splits)}")
+        dataset = splits["train"]
+    for flag, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
+        if column not in dataset.column_names:
+            raise SystemExit(
+                f"{flag}={column}: there is no such column, only {', '.join(dataset.column_names)}"
+            )
+    feature = dataset.features[args.image_column]
+    is_encoded = (
+        {"bytes", "path"} <= feature.keys() if isinstance(feature, dict) else "binary" in str(feature)
+    )
+    if not is_encoded and not isinstance(feature, datasets.Image):
+        raise SystemExit(f"--image_column={args.image_column}: the column holds {feature}, not images")
+    dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+    dataset = dataset.select_columns([args.image_column, args.caption_column])
+    if args.max_train_samples is not None:
+        if args.max_train_samples > len(dataset):
+            logger.warning(
+                f"--max_train_samples={args.max_train_samples}: there are only {len(dataset)} rows"
+            )
+        num_rows = min(args.max_train_samples, len(dataset))
+        dataset = dataset.shuffle(seed=args.seed, keep_in_memory=True).select(range(num_rows))
+    return dataset
 
 
-def refuse_broken_numbers(accelerator, output_dir: Path, update: int, loss: float, grad_norm: float, drawn: dict):
-    """Ends the run before a loss or gradient that is not finite reaches the weights, saying what was `drawn`. In fp16
-    an overflow is normal: the scaler leaves the update out and halves its scale, until there is none left."""
-    scaler = accelerator.scaler
-    if scaler.get_scale() < SMALLEST_SCALE if scaler else not math.isfinite(loss + grad_norm):
-        good = ", ".join(path.name for path in checkpoints_in(output_dir)[-1:]) or "there is none"
-        facts = f"loss {loss}, gradient norm {grad_norm}, {drawn}; the last good checkpoint: {good}"
-        raise SystemExit(f"stopped before update {update}: " + " ".join(facts.split()))
+def load_splits(
+    source: str, config_name: str | None, cache_dir: str | None, local: bool
+) -> dict[str, datasets.Dataset]:
+    """Loads all splits of a data set on the Hub or, if `local`, in a folder. Add data layouts here.
+
+    A folder with a README.md that is not `local` is a copy of a Hub repo, which the README may configure.
+    """
+    folder = Path(source)
+    if local and not folder.is_dir():
+        raise ValueError("there is no such folder")
+    if (folder / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(folder)
+    if (folder / "state.json").is_file():
+        return {"train": datasets.load_from_disk(folder)}
+    if not folder.is_dir() or (not local and (folder / "README.md").is_file()):
+        return datasets.load_dataset(source, config_name, cache_dir=cache_dir)
+    suffixes = {path.suffix.lower() for path in folder.rglob("*")}
+    root = glob.escape(
+        str(folder.resolve())
+    )  # otherwise `datasets` takes [brackets] in the name for a pattern
+    for builder in ("parquet", "arrow"):
+        if f".{builder}" in suffixes:
+            return datasets.load_dataset(builder, data_dir=root, cache_dir=cache_dir)
+    if not suffixes & IMAGE_SUFFIXES:
+        raise ValueError("there are no images, Parquet or Arrow files in it")
+    # The splits are given explicitly, since `datasets` would take an image named test.jpg for a split.
+    names = [name for name in ("train", "validation", "test") if (folder / name).is_dir()]
+    data_files = {name: f"{root}/{name}/**" for name in names} or {"train": f"{root}/**"}
+    return datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir)
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
-def is_whole(checkpoint: Path) -> bool:
-    """Whether all files that the checkpoint's own list names, which is written last, are there in full."""
+def split_held_out(num_rows: int, held_out: float | None, seed: int) -> tuple[np.ndarray | range, np.ndarray]:
+    """Returns the indices of the rows to train on and of those held out for the validation loss, a number of
+    rows or, below 1, a fraction of them. (`train_test_split` of `datasets` writes into the data set's
+    folder.)"""
+    if held_out is None:
+        return range(num_rows), np.arange(0)
+    num_held_out = math.ceil(held_out * num_rows) if held_out < 1 else held_out
+    if num_held_out % 1 or num_held_out >= num_rows:
+        raise SystemExit(
+            f"--validation_split={held_out}: there are {num_rows} rows; "
+            "give a smaller whole number, or a fraction below 1"
+        )
+    permutation = np.random.default_rng(seed).permutation(num_rows)
+    return permutation[int(num_held_out) :], permutation[: int(num_held_out)]
+
+
+def hash_captions(dataset: datasets.Dataset, caption_column: str) -> int:
+    """A hash of at most 1,000 captions, evenly spaced over the rows, which identifies the data set."""
+    rows = range(0, len(dataset), math.ceil(len(dataset) / 1000))
+    return derive_seed(dataset.select_columns([caption_column])[rows])
+
+
+def image_folders(args: argparse.Namespace) -> list[Path]:
+    """The folders that images may be read from: that of the data set, and the caches of data sets from the
+    Hub."""
+    if args.dataset_name is None:
+        folders = [args.train_data_dir]
+    else:
+        folders = [
+            args.dataset_name,
+            args.cache_dir,
+            datasets.config.HF_DATASETS_CACHE,
+            hub.constants.HF_HUB_CACHE,
+        ]
+    return [Path(folder) for folder in folders if folder]
+
+
+def check_inside(path: str, folders: list[Path]):
+    """Raises ValueError if a data set refers to a file outside its folder, such as /etc/passwd."""
+    allowed = [
+        root for folder in folders for root in (folder.absolute(), folder.resolve())
+    ]  # caches may be links
+    if ".." in Path(path).parts or not any(Path(path).absolute().is_relative_to(root) for root in allowed):
+        raise ValueError(f"the image ({path}) lies outside the data set's folder")
+
+
+def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
+    """Decodes an image of a data set, {"bytes", "path"}, to 8-bit RGB. EXIF orientation is applied, 16-bit
+    grayscale is scaled, and transparency is composited on white.
+
+    Raises:
+        ValueError: with the file's name, if it cannot be decoded or lies outside `folders`.
+    """
+    path = (value or {}).get("path")
+    if path and not value["bytes"] and "://" not in path:
+        check_inside(path, folders)
     try:
-        files = json.loads((checkpoint / STATE_FILE).read_text())["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+        image = datasets.Image().decode_example(value)  # applies the EXIF orientation
+        if image.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip to white
+            gray, transparent = np.asarray(image), image.info.get("transparency")
+            image = Image.fromarray((gray.clip(0, 65535) / 257).round().astype(np.uint8))
+            if transparent is not None:
+                image.putalpha(Image.fromarray(np.where(gray == transparent, 0, 255).astype(np.uint8)))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        longest = MAX_ASPECT_RATIO * min(image.size)
+        if max(image.size) > longest:
+            width, height = image.size
+            image = transforms.functional.center_crop(image, (min(height, longest), min(width, longest)))
+        return image.convert("RGB")
+    except Exception as error:  # decoders raise all kinds of errors
+        name = path or "no file name"
+        raise ValueError(f"the image ({name}) cannot be read: {type(error).__name__}: {error}") from error
+
+
+def make_augmentations(args: argparse.Namespace) -> list[Callable]:
+    """Random transforms of training images, each from a PIL image to one of the same size or larger. Add
+    yours here.
+
+    They are called with the short side at --resolution, and the center is cropped afterwards. They may use
+    torch's, Python's or numpy's default generators, which are seeded for each sample. Held-out rows are not
+    augmented, and --cache_latents is rejected if there is any augmentation.
+    """
+    augmentations = []
+    if args.random_crop:
+        augmentations.append(transforms.RandomCrop(args.resolution))
+    if args.random_flip:
+        augmentations.append(transforms.RandomHorizontalFlip())
+    return augmentations
+
+
+def make_image_transforms(resolution: int, augmentations: Sequence[Callable] = ()) -> transforms.Compose:
+    """From a PIL image to the center square's pixels, (3, resolution, resolution) uint8."""
+    return transforms.Compose(
+        [
+            transforms.Resize(resolution, transforms.InterpolationMode.BILINEAR, antialias=True),
+            *augmentations,
+            transforms.CenterCrop(resolution),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def list_captions(row: dict, args: argparse.Namespace) -> list[str]:
+    """A row's captions, a string or a list of strings, as a list. Raises ValueError if they are neither."""
+    captions = row[args.caption_column]
+    choices = [captions] if isinstance(captions, str) else captions
+    if not isinstance(choices, (list, tuple)) or not choices or not all(isinstance(c, str) for c in choices):
+        file = (row[args.image_column] or {}).get("path") or "no file name"
+        raise ValueError(f"the caption is {captions!r}, not a string or a list of strings (image: {file})")
+    return list(choices)
+
+
+def choose_caption(captions: list, caption_dropout: float, empty):
+    """One of a row's captions, at random, or with the probability `caption_dropout` the empty one. Edit here
+    how captions are chosen or changed; with --cache_latents they are embeddings, so change them in
+    `list_captions`."""
+    caption = random.choice(captions)
+    return empty if random.random() < caption_dropout else caption
+
+
+def tokenize_captions(captions: list[str], tokenizer: CLIPTokenizerFast) -> dict[str, torch.Tensor]:
+    """CLIP tokens and their mask, (B, 77) int64 and bool, padded and truncated to the text encoder's
+    length."""
+    inputs = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    return {"text_input_ids": inputs.input_ids, "text_mask": inputs.attention_mask.bool()}
+
+
+def preprocess_train(
+    row: dict,
+    args: argparse.Namespace,
+    tokenizer: CLIPTokenizerFast,
+    image_transforms: transforms.Compose,
+    caption_dropout: float,
+) -> dict[str, torch.Tensor]:
+    """A row of the data set as tensors: pixels (3, side, side) uint8, tokens and mask (77,) of one
+    caption."""
+    captions = list_captions(row, args)
+    pixels = image_transforms(load_image(row[args.image_column], image_folders(args)))
+    tokens = tokenize_captions([choose_caption(captions, caption_dropout, empty="")], tokenizer)
+    return {"effnet_pixel_values": pixels} | {name: tensor[0] for name, tensor in tokens.items()}
+
+
+def make_preprocess(
+    args: argparse.Namespace, tokenizer: CLIPTokenizerFast, empty_embeds: torch.Tensor, train: bool
+) -> Callable[[dict], dict]:
+    """The function from a row to its tensors. Held-out rows (`train=False`) are not augmented and keep
+    captions."""
+    caption_dropout = args.caption_dropout if train else 0.0
+    if args.cache_latents:
+        return functools.partial(
+            preprocess_cached,
+            resolution=args.resolution,
+            empty_embeds=empty_embeds[0].cpu(),
+            caption_dropout=caption_dropout,
+        )
+    return functools.partial(
+        preprocess_train,
+        args=args,
+        tokenizer=tokenizer,
+        image_transforms=make_image_transforms(args.resolution, make_augmentations(args) if train else ()),
+        caption_dropout=caption_dropout,
+    )
+
+
+def derive_seed(*key) -> int:
+    """A well-mixed 63-bit seed for a purpose: derive_seed(seed, "epoch", 3)."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+@contextlib.contextmanager
+def seeded_generators(seed: int) -> Iterator[None]:
+    """Seeds torch's, Python's and numpy's default generators on the CPU, and restores them afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_permutation(seed: int, epoch: int, num_rows: int) -> torch.Tensor:
+    """The order of the rows in an epoch, (num_rows,) int64."""
+    return torch.randperm(
+        num_rows, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
+    )
+
+
+class SampleDataset(Dataset):
+    """The endless sequence of samples, epoch after epoch, in which any position can be read directly.
+
+    Sample `position` is row `epoch_permutation(...)[position % num_rows]` of epoch `position // num_rows`,
+    and all random numbers used for it follow from (seed, position). So resuming means to start at a later
+    position.
+
+    An unreadable row gives {"error": message} or, with `skip_bad_rows`, a random other row in its place. The
+    error is a value, since a DataLoader wraps an exception in its worker's traceback.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, preprocess: Callable[[dict], dict], seed: int, skip_bad_rows: bool
+    ):
+        self.rows = rows
+        self.preprocess = preprocess
+        self.seed = seed
+        self.skip_bad_rows = skip_bad_rows
+
+    def __getitem__(self, position: int) -> dict:
+        epoch, index = divmod(position, len(self.rows))
+        row = int(epoch_permutation(self.seed, epoch, len(self.rows))[index])
+        bad_rows = {}
+        with seeded_generators(derive_seed(self.seed, "sample", position)):
+            for _ in range(MAX_BAD_ROWS):
+                try:
+                    return {"row": row, "bad_rows": bad_rows} | self.preprocess(self.rows[row])
+                except Exception as error:  # decoders raise all kinds of errors
+                    bad_rows[row] = f"row {row} of the {len(self.rows)} used: {error}"
+                if not self.skip_bad_rows:
+                    return {"error": f"{bad_rows[row]}; fix it, or skip such rows with --skip_bad_rows"}
+                row = random.randrange(len(self.rows))
+        return {
+            "error": f"{MAX_BAD_ROWS} rows in succession cannot be read; the last: {bad_rows.popitem()[1]}"
+        }
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """What determines which samples a step trains on. A run can only be resumed with the same plan."""
+
+    seed: int
+    num_rows: int
+    captions_hash: int
+    num_processes: int
+    train_batch_size: int
+    gradient_accumulation_steps: int
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.num_processes * self.train_batch_size * self.gradient_accumulation_steps
+
+    def train_batches(self, rank: int, first_step: int, last_step: int) -> Iterator[range]:
+        """The positions of each of a rank's micro-batches in the steps [first_step, last_step)."""
+        first = first_step * self.samples_per_step + rank * self.train_batch_size
+        starts = range(first, last_step * self.samples_per_step, self.num_processes * self.train_batch_size)
+        return (range(start, start + self.train_batch_size) for start in starts)
+
+    def held_out_batches(self, rank: int, num_rows: int) -> list[range]:
+        """A rank's share of the held-out rows, in batches of which the last may be shorter."""
+        size = self.train_batch_size
+        starts = range(rank * size, num_rows, self.num_processes * size)
+        return [range(start, min(start + size, num_rows)) for start in starts]
+
+
+def collate_fn(samples: list[dict]) -> dict:
+    """Stacks samples to a batch. An error in one of them is the batch's.
+
+    In a worker, `default_collate` allocates shared memory at once, so that the main process learns if it is
+    used up. Tensors from `torch.stack` are moved there later, in a background thread whose error nobody sees.
+    """
+    for sample in samples:
+        if "error" in sample:
+            return sample
+    batch = {"rows": [sample.pop("row") for sample in samples], "bad_rows": {}}
+    for sample in samples:
+        batch["bad_rows"] |= sample.pop("bad_rows")
+    return batch | default_collate(samples)
+
+
+def ignore_signals(worker_id: int):
+    """Leaves stopping to the main process: terminals and schedulers signal every process of a job."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_dataloader(
+    rows: datasets.Dataset, preprocess: Callable, batches, args: argparse.Namespace, device: torch.device
+) -> DataLoader:
+    """A DataLoader of samples; `batches` yields the positions of each batch."""
+    return DataLoader(
+        SampleDataset(rows, preprocess, args.seed, args.skip_bad_rows),
+        batch_sampler=batches,
+        collate_fn=collate_fn,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda",
+        timeout=BATCH_TIMEOUT if args.dataloader_num_workers else 0,
+        generator=torch.Generator(),  # not the default one, from which a step's noise is drawn
+    )
+
+
+def iterate_batches(
+    dataloader: DataLoader, device: torch.device, skipped_rows: set[int], signals: list[int]
+) -> Iterator[dict]:
+    """Yields the batches on the device. Each skipped row is reported once; an unreadable row ends the run,
+    and so does a signal in `signals` if no batch arrives within BATCH_TIMEOUT."""
+    batches = iter(dataloader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error):
+                raise
+            if signals:
+                logger.error(f"Stopped without a checkpoint: no batch arrived within {BATCH_TIMEOUT} seconds")
+                sys.exit(128 + signals[-1])
+            continue  # slow storage
+        if "error" in batch:
+            raise SystemExit(batch["error"])
+        for row in batch["bad_rows"].keys() - skipped_rows:
+            skipped_rows.add(row)
+            logger.warning(
+                f"Skipped {batch['bad_rows'][row]} ({len(skipped_rows)} so far)", main_process_only=False
+            )
+        yield send_to_device(batch, device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def explain_worker_errors(num_workers: int) -> Iterator[None]:
+    """Turns the death of a worker process, which PyTorch raises at any point of the main process, and used-up
+    shared memory into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error)
+        if "DataLoader worker (pid" not in message and "shared memory" not in message:
+            raise
+        reason = message.strip().splitlines()[-1].removeprefix("RuntimeError: ")
+        raise SystemExit(
+            f"--dataloader_num_workers={num_workers}: {reason} Batches are passed in /dev/shm, and each worker "
+            "needs main memory: use fewer workers or a smaller --train_batch_size, or provide more of both "
+            "(docker run --shm-size=1g)"
+        ) from None
+
+
+# ----------------------------------------------------------------------------------------------------- models
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of the frozen models: that of mixed precision, where the device supports it."""
+    if not accelerator.native_amp:
+        return torch.float32
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def load_text_encoder(args: argparse.Namespace, dtype: torch.dtype) -> CLIPTextModel:
+    """The prior's text encoder: CLIP ViT-bigG's text model in the published one."""
+    source = args.pretrained_prior_model_name_or_path
+    return CLIPTextModel.from_pretrained(
+        source, subfolder="text_encoder", dtype=dtype, cache_dir=args.cache_dir
+    )
+
+
+def load_encoders(
+    args: argparse.Namespace, dtype: torch.dtype, device: torch.device
+) -> tuple[CLIPTokenizerFast, CLIPTextModel, EfficientNetEncoder]:
+    """The tokenizer and both encoders, frozen."""
+    source = args.pretrained_prior_model_name_or_path
+    with explain_errors("--pretrained_prior_model_name_or_path", source):
+        tokenizer = CLIPTokenizerFast.from_pretrained(source, subfolder="tokenizer", cache_dir=args.cache_dir)
+        text_encoder = load_text_encoder(args, dtype).requires_grad_(False).eval().to(device)
+    source = args.pretrained_image_encoder_name_or_path
+    with explain_errors("--pretrained_image_encoder_name_or_path", source):
+        image_encoder = EfficientNetEncoder.load(source, args.cache_dir)
+        image_encoder.requires_grad_(False).eval().to(device, dtype)
+    return tokenizer, text_encoder, image_encoder
+
+
+def load_prior(
+    args: argparse.Namespace,
+    checkpoint: Path | None,
+    text_encoder: CLIPTextModel,
+    image_encoder: EfficientNetEncoder,
+) -> wuerstchen.WuerstchenPrior:
+    """The prior in float32, pretrained or from the checkpoint. It must match both encoders."""
+    source = args.pretrained_prior_model_name_or_path
+    with explain_errors("--pretrained_prior_model_name_or_path", source):
+        prior = wuerstchen.WuerstchenPrior.from_pretrained(
+            checkpoint or source, subfolder="prior", torch_dtype=torch.float32, cache_dir=args.cache_dir
+        )
+        width, channels = text_encoder.config.hidden_size, image_encoder.config.c_latent
+        if width != prior.config.c_cond:
+            raise ValueError(
+                f"its text encoder has {width} features, but its prior c_cond={prior.config.c_cond}"
+            )
+    if channels != prior.config.c_in:
+        raise SystemExit(
+            f"--pretrained_image_encoder_name_or_path={args.pretrained_image_encoder_name_or_path}: "
+            f"it has c_latent={channels} channels, but the prior c_in={prior.config.c_in}"
+        )
+    prior.set_attn_processor(AttnProcessor2_0())  # the same attention, by PyTorch's memory-efficient kernel
+    if args.gradient_checkpointing:
+        prior.enable_gradient_checkpointing()
+    return prior
+
+
+def load_ema(
+    args: argparse.Namespace, prior: wuerstchen.WuerstchenPrior, checkpoint: Path | None, device: torch.device
+) -> EMAModel | None:
+    """The average of the prior's weights (decay 0.9999 with a ramp-up), new or from the checkpoint. Every
+    rank has it, so that no rank has to wait for another's to validate."""
+    if not args.use_ema:
+        return None
+    if checkpoint is None:
+        ema_prior = EMAModel(
+            prior.parameters(), model_cls=type(prior), model_config=prior.config, foreach=True
+        )
+    elif (checkpoint / "prior_ema").is_dir():
+        ema_prior = EMAModel.from_pretrained(checkpoint / "prior_ema", type(prior), foreach=True)
+    else:
+        raise SystemExit(
+            f"--use_ema: {checkpoint} has no prior_ema/ to resume, since its run did not use --use_ema"
+        )
+    ema_prior.to(device)
+    return ema_prior
+
+
+@contextlib.contextmanager
+def ema_weights(prior: wuerstchen.WuerstchenPrior, ema_prior: EMAModel | None) -> Iterator[None]:
+    """Replaces the prior's weights by their average, if there is one, and restores them afterwards."""
+    if ema_prior is None:
+        yield
+        return
+    ema_prior.store(prior.parameters())
+    ema_prior.copy_to(prior.parameters())
+    try:
+        yield
+    finally:
+        ema_prior.restore(prior.parameters())
+
+
+def load_noise_scheduler(device: torch.device) -> DDPMWuerstchenScheduler:
+    """The cosine schedule, with its constants on the device. It would copy them there at every use, which
+    waits."""
+    noise_scheduler = DDPMWuerstchenScheduler()
+    noise_scheduler.s = noise_scheduler.s.to(device)
+    noise_scheduler._init_alpha_cumprod = noise_scheduler._init_alpha_cumprod.to(device)
+    return noise_scheduler
+
+
+def make_optimizer(
+    prior: torch.nn.Module, args: argparse.Namespace, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW over the prior's trainable parameters, fused where the device supports it."""
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as optimizer_cls
+    else:
+        optimizer_cls = functools.partial(
+            torch.optim.AdamW, fused=device.type in ("cuda", "cpu", "mps", "xpu")
+        )
+    return optimizer_cls(
+        [parameter for parameter in prior.parameters() if parameter.requires_grad],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, global_step: int):
+    """The learning rate as a function of the step, from `global_step` on. The flags of this run apply, not
+    what a checkpoint's optimizer remembers."""
+    for group in optimizer.param_groups:
+        group.update(optimizer.defaults, initial_lr=args.learning_rate)
+    # A step that fp16's gradient scaler skips counts, too. PyTorch warns if the first one is skipped.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        last_epoch=global_step - 1,
+    )
+
+
+def check_finite(
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    loss: float,
+    grad_norm: float,
+    rows: list[int],
+    timesteps: list[torch.Tensor],
+):
+    """Ends the run before a loss or gradient that is not finite reaches the weights.
+
+    In fp16 an overflow is normal: the gradient scaler skips the step and halves its scale, until there is
+    none left.
+    """
+    if accelerator.scaler is None:
+        diverged = not math.isfinite(loss + grad_norm)
+    else:
+        diverged = accelerator.scaler.get_scale() < MIN_LOSS_SCALE
+    if diverged:
+        checkpoints = [path.name for path in list_checkpoints(output_dir)]
+        last_checkpoint = checkpoints[-1] if checkpoints else "none"
+        raise SystemExit(
+            f"stopped before step {step}: loss {loss}, gradient norm {grad_norm}, rows {rows}, timesteps "
+            f"{torch.cat(timesteps).tolist()}; the last good checkpoint: {last_checkpoint}"
+        )
+
+
+# -------------------------------------------------------------------------------------------------- diffusion
+def normalize_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """Scales (B, 3, H, W) uint8 RGB to ImageNet's mean 0 and deviation 1, float32. By scalars, since tensors
+    of three numbers would be copied to the device at each call, which waits."""
+    channels = zip(pixels.unbind(dim=1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    return torch.stack([(channel.float() / 255 - mean) / std for channel, mean, std in channels], dim=1)
+
+
+def embed_captions(tokens: dict[str, torch.Tensor], text_encoder: CLIPTextModel) -> torch.Tensor:
+    """Embeds tokenized captions, (B, 77) to (B, 77, width): the text encoder's last hidden state."""
+    tokens = send_to_device(tokens, text_encoder.device)
+    return text_encoder(tokens["text_input_ids"], attention_mask=tokens["text_mask"]).last_hidden_state
+
+
+@torch.no_grad()
+def embed_prompts(
+    prompts: list[str], tokenizer: CLIPTokenizerFast, text_encoder: CLIPTextModel
+) -> list[torch.Tensor]:
+    """The embedding of each prompt by itself, (1, 77, width)."""
+    return [embed_captions(tokenize_captions([prompt], tokenizer), text_encoder) for prompt in prompts]
+
+
+@torch.no_grad()
+def encode_batch(batch: dict, text_encoder, image_encoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image encoder's latents, (B, 16, side / 32, side / 32), and the captions' embeddings, (B, 77,
+    width)."""
+    if "latents" in batch:  # --cache_latents
+        return batch["latents"], batch["prompt_embeds"]
+    pixels = normalize_pixels(batch["effnet_pixel_values"].to(image_encoder.device))
+    tokens = {name: batch[name] for name in ("text_input_ids", "text_mask")}
+    return image_encoder(pixels.to(image_encoder.dtype)), embed_captions(tokens, text_encoder)
+
+
+def sample_timesteps(batch_size: int, sampling: str, device: torch.device) -> torch.Tensor:
+    """Timesteps, (B,) float32: uniform in [0, 1), or "stretched" as in train_stage_C.py of
+    dome272/Wuerstchen: (1 - u) * 1.08 + 0.001, clamped to [0.001, 1], so that 7.5 % are 1, where generation
+    starts."""
+    u = torch.rand(batch_size, device=device)
+    return u if sampling == "uniform" else ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
+
+
+def diffusion_loss(
+    prior: torch.nn.Module,
+    noise_scheduler: DDPMWuerstchenScheduler,
+    latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    weighting: str,
+) -> torch.Tensor:
+    """The per-sample MSE between predicted and added noise, (B,) float32, for training and held-out rows.
+
+    "p2" weights it by 1 / (1 + SNR) = 1 - alpha_bar(t), which is P2 weighting (arXiv:2204.00227) with k =
+    gamma = 1, as in Würstchen's original training.
+    """
+    image_embeds = (latents.float() + LATENT_STD) / LATENT_MEAN
+    noisy_latents = noise_scheduler.add_noise(image_embeds, noise, timesteps)
+    pred_noise = prior(noisy_latents, timesteps, prompt_embeds)
+    losses = F.mse_loss(pred_noise.float(), noise, reduction="none").mean(dim=(1, 2, 3))
+    if weighting == "p2":
+        zeros, ones = torch.zeros_like(timesteps), torch.ones_like(timesteps)
+        losses = losses * noise_scheduler.add_noise(zeros, ones, timesteps) ** 2  # 1 - alpha_bar(t)
+    return losses
+
+
+def reduce_metrics(
+    accelerator: Accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool
+) -> tuple[float, float, bool]:
+    """The mean loss over the ranks, the gradient norm, and whether any rank should stop, with one all-reduce
+    and one transfer from the device. (`accelerator.check_trigger` would need another of both.)"""
+    reduced = accelerator.reduce(torch.stack([loss, torch.full_like(loss, float(stop))]), "mean")
+    loss, stop, grad_norm = torch.cat([reduced, grad_norm.to(reduced)[None]]).tolist()
+    return loss, grad_norm, stop > 0
+
+
+# ------------------------------------------------------------------------------------------------- validation
+def is_validation_due(global_step: int, args: argparse.Namespace, plan: SamplePlan) -> bool:
+    """Whether to validate: before the first step, and then every --validation_steps, or after the first epoch
+    and every --validation_epochs from there."""
+    if global_step == 0:
+        return True
+    if args.validation_steps is not None:
+        return global_step % args.validation_steps == 0
+    epochs_before = (global_step - 1) * plan.samples_per_step // plan.num_rows
+    epochs_after = global_step * plan.samples_per_step // plan.num_rows
+    return any(epoch % args.validation_epochs == 0 for epoch in range(epochs_before, epochs_after))
+
+
+def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.WuerstchenDecoderPipeline:
+    """The pipeline that decodes the prior's latents to images."""
+    source = args.pretrained_decoder_model_name_or_path
+    return wuerstchen.WuerstchenDecoderPipeline.from_pretrained(
+        source, torch_dtype=dtype, cache_dir=args.cache_dir
+    )
+
+
+def decoder_image_size(decoder_pipeline: wuerstchen.WuerstchenDecoderPipeline, resolution: int) -> int:
+    """The side in pixels of the image that latents trained at `resolution` stand for: 1024 for 768.
+
+    The decoder's own latents are `latent_dim_scale` times as many, and it halves them level by level, so not
+    every side is possible. The nearest one is taken.
+    """
+    config = decoder_pipeline.decoder.config
+    scale = decoder_pipeline.config.latent_dim_scale
+    divisor = config.patch_size * 2 ** (len(config.c_hidden) - 1)
+    trained_side = math.ceil(resolution / STRIDE)
+    sides = [side for side in range(1, trained_side + 2 * divisor) if int(side * scale) % divisor == 0]
+    return int(min(sides, key=lambda side: abs(side - trained_side)) * RESOLUTION_MULTIPLE)
+
+
+@dataclass
+class Validator:
+    """Generates images for the validation prompts and computes the held-out loss: without dropout, with the
+    averaged weights if there are any, with the same noise every time. It uses no random numbers of the
+    training."""
+
+    accelerator: Accelerator
+    args: argparse.Namespace
+    prior: wuerstchen.WuerstchenPrior
+    ema_prior: EMAModel | None
+    noise_scheduler: DDPMWuerstchenScheduler
+    encode: Callable[[dict], tuple[torch.Tensor, torch.Tensor]]
+    empty_embeds: torch.Tensor
+    prompt_embeds: list[torch.Tensor]
+    held_out_dataloader: DataLoader | None
+    signals: list[int]
+    skipped_rows: set[int] = field(default_factory=set)
+    decoder: wuerstchen.WuerstchenDecoderPipeline | None = None  # loaded when it is first needed
+
+    def log_validation(self, global_step: int):
+        """Validates and logs the results, unless the run that this one resumes has done so at this step."""
+        output_dir = Path(self.args.output_dir)
+        if not self.is_done(global_step):
+            self.prior.eval()
+            with ema_weights(self.prior, self.ema_prior):
+                images = self.generate_images(global_step) if self.prompt_embeds else []
+                losses = self.compute_held_out_loss() if self.held_out_dataloader is not None else {}
+            self.prior.train()
+            if self.accelerator.is_main_process:
+                log_images(self.accelerator, self.args, images, global_step)
+            log_metrics(self.accelerator, losses, global_step)  # last: `is_done` looks for them
+        if self.accelerator.is_main_process:
+            save_loss_curve(output_dir)
+
+    def is_done(self, global_step: int) -> bool:
+        """Whether there is nothing left to do at this step."""
+        output_dir = Path(self.args.output_dir)
+        if self.held_out_dataloader is not None:
+            done = any(row["step"] == global_step and "val_loss" in row for row in read_metrics(output_dir))
+        elif self.prompt_embeds:
+            done = sample_file(output_dir, global_step, len(self.prompt_embeds) - 1).exists()
+        else:
+            done = True
+        return broadcast_object_list([done])[0]
+
+    @torch.no_grad()
+    def generate_images(self, global_step: int) -> list[Image.Image]:
+        """One image for each prompt, shared out among the ranks; none if one fails, which must not end a
+        run."""
+        device = self.accelerator.device
+        prompts = list(zip(self.args.validation_prompts, self.prompt_embeds, strict=True))
+        images, errors = [], []
+        try:  # nothing in here may wait for other ranks
+            if self.decoder is None:
+                self.decoder = load_decoder(self.args, self.empty_embeds.dtype)
+                self.decoder.set_progress_bar_config(disable=True)
+            self.decoder.to(device)
+            with (
+                self.accelerator.split_between_processes(prompts) as own_prompts,
+                self.accelerator.autocast(),
+            ):
+                progress = tqdm(
+                    own_prompts, "Images", leave=False, disable=not self.accelerator.is_main_process
+                )
+                images = [self.generate_image(prompt, embeds) for prompt, embeds in progress]
+        except Exception as error:
+            advice = (
+                " (a smaller --train_batch_size leaves more memory)" if "out of memory" in str(error) else ""
+            )
+            errors.append(f"{type(error).__name__}: {error}{advice}")
+        if self.decoder is not None and device.type != "cpu":
+            self.decoder.to("cpu")
+            torch.cuda.empty_cache()
+        images, errors = gather_object(images), gather_object(errors)
+        if errors:
+            logger.warning(f"No validation images at step {global_step}: {errors[0]}")
+            return []
+        return images[: len(prompts)]
+
+    def generate_image(self, prompt: str, prompt_embeds: torch.Tensor) -> Image.Image:
+        """Generates an image as the published pipelines do, from the same noise every time."""
+        # The pipeline takes its dtype from the text encoder. The prior stands in for it: in half precision it
+        # would get other timesteps than it was trained with, and the text encoder itself may have been freed.
+        pipeline = wuerstchen.WuerstchenPriorPipeline(None, self.prior, self.prior, self.noise_scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        size = decoder_image_size(self.decoder, self.args.resolution)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        latents = pipeline(
+            height=size,
+            width=size,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=self.empty_embeds,
+            timesteps=wuerstchen.DEFAULT_STAGE_C_TIMESTEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=generator,
+        ).image_embeddings
+        return self.decoder(latents, prompt, guidance_scale=0.0, generator=generator).images[0]
+
+    @torch.no_grad()
+    def compute_held_out_loss(self) -> dict[str, float]:
+        """The mean loss over the held-out rows, in total and for each band of timesteps. A row's noise
+        follows from its number, and the rows' timesteps divide [0, 1) evenly."""
+        device = self.accelerator.device
+        num_rows = len(self.held_out_dataloader.dataset.rows)
+        sums = torch.zeros(2, NUM_LOSS_BANDS, device=device)  # of losses and of samples
+        is_main_process = self.accelerator.is_main_process
+        batches = iterate_batches(self.held_out_dataloader, device, self.skipped_rows, self.signals)
+        num_batches = len(self.held_out_dataloader)
+        for batch in tqdm(batches, "Held-out loss", num_batches, leave=False, disable=not is_main_process):
+            latents, prompt_embeds = self.encode(batch)
+            noise = []
+            for row in batch["rows"]:
+                generator = torch.Generator().manual_seed(derive_seed(self.args.seed, "held out", row))
+                noise.append(torch.randn(latents.shape[1:], generator=generator))
+            noise = torch.stack(noise).to(device)
+            timesteps = (torch.tensor(batch["rows"], device=device) + 0.5) / num_rows
+            with self.accelerator.autocast():
+                losses = diffusion_loss(
+                    self.prior,
+                    self.noise_scheduler,
+                    latents,
+                    prompt_embeds,
+                    noise,
+                    timesteps,
+                    self.args.loss_weighting,
+                )
+            bands = (timesteps * NUM_LOSS_BANDS).long()
+            sums.index_add_(1, bands, torch.stack([losses, torch.ones_like(losses)]))
+        losses, counts = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {"val_loss": sum(losses) / sum(counts)}
+        for band in range(NUM_LOSS_BANDS):
+            if counts[band]:
+                metrics[f"val_loss_t{band / NUM_LOSS_BANDS}"] = losses[band] / counts[band]
+        return metrics
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+STATE_FILE = "trainer_state.json"  # written last into a checkpoint
+
+# How versions before 2026-11-25 named the fields of TrainState and SamplePlan.
+OLD_FIELD_NAMES = {
+    "run_id": "wandb_run_id",
+    "rows": "num_rows",
+    "captions": "captions_hash",
+    "processes": "num_processes",
+}
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint contains besides weights, optimizer and random states."""
+
+    global_step: int = 0
+    plan: dict | None = None  # the fields of SamplePlan; None in a new run, whose data are not loaded yet
+    wandb_run_id: str = field(default_factory=lambda: f"{random.getrandbits(40):010x}")
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether all files listed in the checkpoint's state file are there, with their sizes. So a checkpoint
+    that was copied only in part is not used."""
+    try:
+        sizes = json.loads((checkpoint / STATE_FILE).read_text())["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
 
 
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first; what is torn or of another kind is passed over."""
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
     found = output_dir.resolve().glob("checkpoint-*")
-    whole = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and is_whole(path)]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and is_complete(path)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from: the newest whole one for `latest`, or that path; None: start anew."""
-    if wanted is None:
+def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint to resume: the newest complete one for "latest", or that path. None starts a new run."""
+    if resume_from is None:
         return None
-    if wanted != "latest":
-        for path in (Path(wanted), output_dir / wanted):
-            if is_whole(path):
+    if resume_from != "latest":
+        for path in (Path(resume_from), output_dir / resume_from):
+            if is_complete(path):
                 return path.resolve()
-        raise SystemExit(f"--resume_from_checkpoint={wanted}: there is no whole checkpoint at that path")
-    whole = checkpoints_in(output_dir)
-    for path in sorted(set(output_dir.resolve().glob("checkpoint*")) - set(whole)):
-        logger.warning(f"Passed over {path}: it is not a whole checkpoint")
-    if not whole:
-        logger.info(f"--resume_from_checkpoint=latest: there is none in {output_dir}, so this run starts anew")
-    return whole[-1] if whole else None
+        raise SystemExit(
+            f"--resume_from_checkpoint={resume_from}: there is no complete checkpoint at that path"
+        )
+    checkpoints = list_checkpoints(output_dir)
+    for path in sorted(set(output_dir.resolve().glob("checkpoint*")) - set(checkpoints)):
+        logger.warning(f"Ignored {path}: it is not a complete checkpoint")
+    if not checkpoints:
+        logger.info(f"--resume_from_checkpoint=latest: there is none in {output_dir}, so this is a new run")
+        return None
+    return checkpoints[-1]
 
 
-def other_checkpoints(output_dir: Path, checkpoint: Path | None) -> list[Path]:
-    """The checkpoints there that this run would mix its own with: another run's, or newer ones."""
-    found = checkpoints_in(output_dir)
-    return found[found.index(checkpoint) + 1 :] if checkpoint in found else found
+def find_stale_checkpoints(output_dir: Path, checkpoint: Path | None, overwrite: bool) -> list[Path]:
+    """The checkpoints in the output folder that this run does not resume: another run's, or newer ones.
+    Unless they may be deleted, they are an error, since the checkpoints of two runs would be mixed."""
+    stale = list_checkpoints(output_dir)
+    if checkpoint in stale:
+        stale = stale[stale.index(checkpoint) + 1 :]
+    if stale and not overwrite:
+        raise SystemExit(
+            f"--output_dir={output_dir} contains {stale[-1].name} of an earlier run: "
+            "--resume_from_checkpoint=latest continues it, --overwrite_output_dir deletes it"
+        )
+    return stale
 
 
-def find_start(args: argparse.Namespace, output_dir: Path) -> tuple[Path | None, list[Path], dict]:
-    """The checkpoint to go on from, if any, those in its way, and the run's state: update, plan, seed, wandb's id."""
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
-    state = json.loads((checkpoint / STATE_FILE).read_text()) if checkpoint else {"global_step": 0, "plan": {}}
-    seed = args.seed if args.seed is not None else state["plan"].get("seed", random.getrandbits(31))
-    seed, first_step = accelerate.utils.broadcast_object_list([seed, state["global_step"]])
-    if first_step != state["global_step"]:
-        problem = "not every node sees the same checkpoints there; share the folder"
-        raise SystemExit(f"--output_dir={output_dir}: {problem}")
-    others = other_checkpoints(output_dir, checkpoint)
-    if others and not args.overwrite_output_dir:
-        ways = "--resume_from_checkpoint=latest goes on with it, --overwrite_output_dir deletes it"
-        raise SystemExit(f"--output_dir={output_dir} holds {others[-1].name} of an earlier run: {ways}")
-    branched = others or (checkpoint and checkpoint.parent != output_dir.resolve())  # wandb drops steps it has had
-    run_id = (None if branched else state.get("run_id")) or f"{random.getrandbits(40):010x}"
-    return checkpoint, others, state | {"seed": seed, "run_id": run_id}
+def load_train_state(checkpoint: Path | None, stale_checkpoints: list[Path], output_dir: Path) -> TrainState:
+    """Where the run starts: at the checkpoint, or at step 0."""
+    state = TrainState()
+    if checkpoint is not None:
+        saved = json.loads((checkpoint / STATE_FILE).read_text())
+        saved = {OLD_FIELD_NAMES.get(name, name): value for name, value in saved.items()}
+        state.global_step = saved["global_step"]
+        state.plan = {OLD_FIELD_NAMES.get(name, name): value for name, value in saved["plan"].items()}
+        is_branch = stale_checkpoints or checkpoint.parent != output_dir.resolve()
+        if (
+            "wandb_run_id" in saved and not is_branch
+        ):  # wandb ignores steps that a run has had, so a branch is new
+            state.wandb_run_id = saved["wandb_run_id"]
+    if broadcast_object_list([state.global_step])[0] != state.global_step:
+        raise SystemExit(
+            f"--output_dir={output_dir}: not all nodes see the same checkpoints there; share the folder"
+        )
+    return state
 
 
-def remove_checkpoints(paths: list[Path], output_dir: Path):
-    """Deletes them under other names, so that what a kill leaves is known for what it is, and deletes such, too."""
-    for path in paths:
-        path.rename(path.with_name(f".old-{path.name}"))
-    for path in output_dir.glob(".*checkpoint-*"):
-        shutil.rmtree(path)
+def check_same_plan(plan: SamplePlan, state: TrainState, checkpoint: Path | None):
+    """Refuses to resume a run that had another plan, since its samples would not continue."""
+    for name, value in asdict(plan).items():
+        if state.plan is not None and state.plan[name] != value:
+            raise SystemExit(
+                f"{checkpoint} cannot be resumed exactly: its run had {name}={state.plan[name]}, this one {value}"
+            )
 
 
 def register_checkpoint_hooks(accelerator: Accelerator, ema_prior: EMAModel | None):
-    """Makes `save_state` write the prior and its average in diffusers' format, and `load_state` leave them to us."""
+    """Makes `save_state` write the prior and its average in diffusers' format, and `load_state` skip them."""
 
-    def save_prior(models, weights, folder):
+    def save_prior(models: list, weights: list, folder: str):
         weights.clear()
         if accelerator.is_main_process:
             accelerator.unwrap_model(models[0]).save_pretrained(os.path.join(folder, "prior"))
             if ema_prior is not None:
                 ema_prior.save_pretrained(os.path.join(folder, "prior_ema"))
 
+    def skip_prior(models: list, folder: str):
+        models.clear()  # `load_prior` has loaded it from there
+
     accelerator.register_save_state_pre_hook(save_prior)
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())  # it was loaded from there
+    accelerator.register_load_state_pre_hook(skip_prior)
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict, limit: int | None):
-    """Writes checkpoint-N aside, flushes it, renames it in one step, and only then deletes what is over the limit. A
-    full disk costs this checkpoint, not the run: the older ones stay, and the run goes on."""
-    final, problem = output_dir / f"checkpoint-{state['global_step']}", ""
-    aside = output_dir / f".{final.name}"
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainState, limit: int | None):
+    """Writes checkpoint-N under a temporary name, flushes it, renames it, and only then deletes those over
+    the limit. If that fails, say on a full disk, the older checkpoints remain and the run continues without
+    this one."""
+    checkpoint = output_dir / f"checkpoint-{state.global_step}"
+    partial = output_dir / f".{checkpoint.name}"
+    error_text = ""
     try:
-        accelerator.save_state(str(aside))  # every rank: each has a random state, and perhaps a shard, of its own
+        accelerator.save_state(str(partial))  # on every rank, since each has random states of its own
     except Exception as error:
-        problem = str(error) or type(error).__name__
-    problems = [text for text in accelerate.utils.gather_object([problem]) if text]
-    if accelerator.is_main_process:
-        try:
-            if problems:
-                raise OSError(problems[0])
-            files = {str(path.relative_to(aside)): path.stat().st_size for path in aside.rglob("*") if path.is_file()}
-            (aside / STATE_FILE).write_text(json.dumps(state | {"files": files}, indent=2))
-            for path in [*aside.rglob("*"), aside]:
-                flush_to_disk(path)
-            shutil.rmtree(final, ignore_errors=True)  # there is one only if it is torn
-            aside.rename(final)
-            flush_to_disk(output_dir)
-            remove_checkpoints(checkpoints_in(output_dir)[: -limit if limit else 0], output_dir)
-            logger.info(f"Saved {final}")
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            logger.error(f"{final} could not be written, the run goes on without it: {error}")
+        error_text = str(error) or type(error).__name__
+    errors = [text for text in gather_object([error_text]) if text]
+    if not accelerator.is_main_process:
+        return
+    try:
+        if errors:
+            raise OSError(errors[0])
+        files = {
+            str(path.relative_to(partial)): path.stat().st_size
+            for path in partial.rglob("*")
+            if path.is_file()
+        }
+        (partial / STATE_FILE).write_text(json.dumps(asdict(state) | {"files": files}, indent=2))
+        for path in [*partial.rglob("*"), partial]:
+            flush_to_disk(path)
+        shutil.rmtree(checkpoint, ignore_errors=True)  # an incomplete one
+        partial.rename(checkpoint)
+        flush_to_disk(output_dir)
+        if limit is not None:
+            delete_checkpoints(list_checkpoints(output_dir)[:-limit], output_dir)
+        logger.info(f"Saved {checkpoint}")
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        logger.error(f"{checkpoint} could not be written, the run continues without it: {error}")
 
 
 def flush_to_disk(path: Path):
@@ -513,175 +1414,246 @@ def flush_to_disk(path: Path):
         os.close(descriptor)
 
 
-# ----------------------------------------------------------------------------------------------- validation
-def load_decoder(args: argparse.Namespace, dtype: torch.dtype):
-    """The pipeline that draws pictures from the prior's latents."""
-    source = args.pretrained_decoder_model_name_or_path
-    return wuerstchen.WuerstchenDecoderPipeline.from_pretrained(source, torch_dtype=dtype, cache_dir=args.cache_dir)
+def delete_checkpoints(checkpoints: list[Path], output_dir: Path):
+    """Deletes checkpoints. They are renamed first, so that what a crash leaves is not taken for a checkpoint;
+    such remains are deleted, too."""
+    for checkpoint in checkpoints:
+        checkpoint.rename(checkpoint.with_name(f".old-{checkpoint.name}"))
+    for remains in output_dir.glob(".*checkpoint-*"):
+        shutil.rmtree(remains)
 
 
-@torch.no_grad()
-def draw_pictures(run: SimpleNamespace, global_step: int) -> list[Image.Image]:
-    """The validation prompts as pictures, shared out among the ranks, the same noise every time; [] if one fails."""
-    pictures, failures, device, main = [], [], run.accelerator.device, run.accelerator.is_main_process
+# ---------------------------------------------------------------------------------------------------- logging
+@contextlib.contextmanager
+def only_warn(what: str) -> Iterator[None]:
+    """Logs an error of something that is only shown, such as a curve, instead of ending the run."""
     try:
-        # It takes its dtype from the text encoder, for which the prior stands in: in half precision the prior would
-        # see other timesteps than it was trained on. The text encoder is not needed, and may have left the device.
-        pipeline = wuerstchen.WuerstchenPriorPipeline(None, run.prior, run.prior, run.noise_scheduler)
-        run.decoder = (run.decoder or load_decoder(run.args, run.empty_embeds.dtype)).to(device)
-        pipeline.set_progress_bar_config(disable=True)
-        run.decoder.set_progress_bar_config(disable=True)
-        size = encoding.picture_size(run.decoder, run.args.resolution)
-        settings = {"height": size, "width": size, "timesteps": wuerstchen.DEFAULT_STAGE_C_TIMESTEPS}
-        settings |= {"guidance_scale": GUIDANCE_SCALE, "negative_prompt_embeds": run.empty_embeds}
-        prompts = list(zip(run.args.validation_prompts, run.prompt_embeds, strict=True))
-        with run.accelerator.split_between_processes(prompts) as mine, run.accelerator.autocast():
-            for prompt, embeds in tqdm(mine, "Drawing", leave=False, disable=not main):
-                draw = torch.Generator().manual_seed(run.seed)
-                latents = pipeline(prompt_embeds=embeds, generator=draw, **settings).image_embeddings
-                pictures += run.decoder(latents, prompt, guidance_scale=0.0, generator=draw).images
-    except Exception as error:  # it must not end a run, so nothing above may wait for other ranks
-        advice = " (a smaller --train_batch_size leaves more memory)" if "out of memory" in str(error) else ""
-        failures.append(f"{type(error).__name__}: {error}{advice}")
-    if run.decoder is not None and device.type != "cpu":
-        run.decoder.to("cpu")
-        torch.cuda.empty_cache()
-    pictures, failures = accelerate.utils.gather_object(pictures), accelerate.utils.gather_object(failures)
-    if failures:
-        logger.warning(f"No validation pictures at update {global_step}: {failures[0]}")
-    return [] if failures else pictures[: len(run.prompt_embeds)]
+        yield
+    except Exception as error:
+        logger.warning(f"{what} could not be written: {type(error).__name__}: {error}")
 
 
-@torch.no_grad()
-def held_out_loss(run: SimpleNamespace) -> dict[str, float]:
-    """The mean loss of the held-out rows, over all and for each band of timesteps. The draws are always the same: a
-    row's noise follows from its number, and the rows' timesteps divide [0, 1) evenly."""
-    device, rows = run.accelerator.device, len(run.held_out.dataset.rows)
-    sums = torch.zeros(2, LOSS_BANDS, device=device)  # of losses and of samples
-    batches = iter(tqdm(run.held_out, "Held-out loss", leave=False, disable=not run.accelerator.is_main_process))
-    for _ in range(len(run.held_out)):
-        batch = encoding.next_batch(batches, device, run.bad_rows)
-        prompt_embeds, latents = run.encode(batch)
-        image_embeds = (latents.float() + LATENT_STD) / LATENT_MEAN
-        draws = [torch.Generator().manual_seed(encoding.draw_seed(run.seed, "held out", row)) for row in batch["rows"]]
-        noise = torch.stack([torch.randn(image_embeds.shape[1:], generator=draw) for draw in draws]).to(device)
-        timesteps = (torch.tensor(batch["rows"], device=device) + 0.5) / rows
-        noisy_latents = run.noise_scheduler.add_noise(image_embeds, noise, timesteps)
-        with run.accelerator.autocast():
-            pred_noise = run.prior(noisy_latents, timesteps, prompt_embeds)
-        losses = F.mse_loss(pred_noise.float(), noise, reduction="none").mean(dim=(1, 2, 3))
-        losses = losses * loss_weights(run.args.loss_weighting, run.noise_scheduler, timesteps)
-        sums.index_add_(1, (timesteps * LOSS_BANDS).long(), torch.stack([losses, torch.ones_like(losses)]))
-    losses, samples = run.accelerator.reduce(sums, "sum").tolist()
-    bands = {f"val_loss_t{b / LOSS_BANDS}": losses[b] / samples[b] for b in range(LOSS_BANDS) if samples[b]}
-    return {"val_loss": sum(losses) / sum(samples)} | bands
+def log_metrics(accelerator: Accelerator, metrics: dict[str, float], global_step: int):
+    """Passes metrics to the trackers and appends them to loss.jsonl, one line a step."""
+    accelerator.log(metrics, step=global_step)
+    if accelerator.is_main_process and metrics:
+        with only_warn("loss.jsonl"), open(Path(accelerator.project_dir, "loss.jsonl"), "a") as file:
+            file.write(json.dumps({"step": global_step} | metrics) + "\n")
 
 
-def log_validation(run: SimpleNamespace, global_step: int):
-    """Draws the prompts and measures the held-out loss, unless a run that this one goes on with has: without dropout,
-    with the averaged weights if there are any. It touches nothing that training draws from."""
-    output_dir = Path(run.args.output_dir)
-    picture = output_dir / "samples" / f"update-{global_step:07d}-prompt-{len(run.prompt_embeds) - 1}.png"
-    losses = [row for row in encoding.read_losses(output_dir) if row["update"] == global_step and "val_loss" in row]
-    done = bool(losses) if run.held_out else picture.exists()  # the loss is logged last
-    (done,) = accelerate.utils.broadcast_object_list([done])
-    if not done and (run.prompt_embeds or run.held_out):
-        run.prior.eval()
-        with averaged_weights(run.accelerator, run.prior, run.ema_prior, run.args.use_ema):
-            pictures = draw_pictures(run, global_step) if run.prompt_embeds else []
-            numbers = held_out_loss(run) if run.held_out else {}
-        run.prior.train()
-        if run.accelerator.is_main_process:
-            with suppress(OSError):  # a full disk costs pictures, not the run
-                log_pictures(run.accelerator, run.args, pictures, global_step)
-        log_numbers(run.accelerator, numbers, global_step)
-    if run.accelerator.is_main_process:
-        with suppress(OSError):
-            encoding.loss_curve(encoding.read_losses(output_dir)).save(output_dir / "loss.png")
+def read_metrics(output_dir: Path) -> list[dict[str, float]]:
+    """The lines of loss.jsonl, without one that a crash truncated. Older versions called a step an update."""
+    file = output_dir / "loss.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{"step": row.pop("update")} | row if "update" in row else row for row in rows]
 
 
-def log_numbers(accelerator: Accelerator, numbers: dict[str, float], global_step: int):
-    """Hands numbers to the trackers, and appends them to loss.jsonl, a line an update."""
-    accelerator.log(numbers, step=global_step)
-    if accelerator.is_main_process and numbers:
-        with suppress(OSError), open(Path(accelerator.project_dir, "loss.jsonl"), "a") as file:
-            file.write(json.dumps({"update": global_step} | numbers) + "\n")
+def sample_file(output_dir: Path, global_step: int, prompt_index: int) -> Path:
+    return output_dir / "samples" / f"step-{global_step:07d}-prompt-{prompt_index}.png"
 
 
-def log_pictures(accelerator: Accelerator, args, pictures: list[Image.Image], global_step: int):
-    """Shows pictures and their prompts in each tracker and in samples/. A tracker more is a branch more."""
-    named, samples = list(zip(args.validation_prompts or [], pictures, strict=False)), Path(args.output_dir, "samples")
-    for tracker in accelerator.trackers if named else []:
+def list_sample_steps(output_dir: Path) -> list[int]:
+    """The steps for which there are images in samples/."""
+    return sorted(
+        {int(file.name.split("-")[1]) for file in (output_dir / "samples").glob("step-*-prompt-*.png")}
+    )
+
+
+def truncate_logs(output_dir: Path, global_step: int):
+    """Removes from loss.jsonl and samples/ what a run that continues after `global_step` writes again."""
+    rows = [row for row in read_metrics(output_dir) if row["step"] <= global_step]
+    partial = output_dir / ".loss.jsonl"
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(output_dir / "loss.jsonl")
+    samples = output_dir / "samples"
+    for file in samples.glob("update-*-prompt-*.png"):  # as older versions named them
+        file.rename(samples / file.name.replace("update", "step", 1))
+    for file in samples.glob("step-*-prompt-*.png"):
+        if int(file.name.split("-")[1]) > global_step:
+            file.unlink()
+
+
+def log_images(
+    accelerator: Accelerator, args: argparse.Namespace, images: list[Image.Image], global_step: int
+):
+    """Logs images and their prompts to each tracker and to samples/. Add trackers here; Accelerate's own
+    `log_images` is for those that it knows, but it has no captions."""
+    if not images:
+        return
+    captioned = list(zip(args.validation_prompts, images, strict=True))
+    for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            for index, (prompt, picture) in enumerate(named):
-                tracker.writer.add_image(f"validation/{index}", np.asarray(picture), global_step, dataformats="HWC")
-                tracker.writer.add_text(f"validation/{index}", prompt, global_step)
+            for index, (prompt, image) in enumerate(captioned):
+                tracker.log_images(
+                    {f"validation/{index}": np.asarray(image)[None]}, global_step, dataformats="NHWC"
+                )
+                tracker.log({f"validation/{index}": prompt}, global_step)
         elif tracker.name in ("wandb", "trackio"):
-            to_image = importlib.import_module(tracker.name).Image
-            shown = [to_image(picture, caption=prompt) for prompt, picture in named]
-            apart = {f"validation/{index}": image for index, image in enumerate(shown)}  # trackio drops lists
-            tracker.log({"validation": shown} if tracker.name == "wandb" else apart, step=global_step)
+            image_type = importlib.import_module(tracker.name).Image
+            logged = [image_type(image, caption=prompt) for prompt, image in captioned]
+            if tracker.name == "wandb":
+                tracker.log({"validation": logged}, step=global_step)
+            else:  # trackio ignores lists of images
+                tracker.log(
+                    {f"validation/{index}": image for index, image in enumerate(logged)}, step=global_step
+                )
         elif tracker.name == "comet_ml":
-            for prompt, picture in named:
-                tracker.tracker.log_image(picture, name=prompt, step=global_step)
+            for prompt, image in captioned:
+                tracker.tracker.log_image(image, name=prompt, step=global_step)
         else:
-            logger.warning(f"{tracker.name} is not shown the validation pictures; they are in samples/")
-    for index, (prompt, picture) in enumerate(named):
-        samples.mkdir(exist_ok=True)
-        text = PngInfo()
-        text.add_itxt("prompt", prompt)
-        text.add_itxt("settings", f"{recipe_of(args)}, prior_guidance_scale={GUIDANCE_SCALE}")
-        picture.save(samples / "part.png", pnginfo=text)  # and then renamed, so that a kill leaves no half of one
-        (samples / "part.png").rename(samples / f"update-{global_step:07d}-prompt-{index}.png")
-    if named:
-        encoding.contact_sheet(samples, args.validation_prompts).save(samples / "contact-sheet.png")
+            logger.warning(f"{tracker.name} does not get the validation images; they are in samples/")
+    output_dir = Path(args.output_dir)
+    with only_warn("samples/"):
+        for index, (prompt, image) in enumerate(captioned):
+            text = PngInfo()
+            text.add_itxt("prompt", prompt)
+            text.add_itxt("settings", f"{public_args(args)}, prior_guidance_scale={GUIDANCE_SCALE}")
+            file = sample_file(output_dir, global_step, index)
+            file.parent.mkdir(exist_ok=True)
+            partial = file.with_name("partial.png")  # renamed when it is complete
+            image.save(partial, pnginfo=text)
+            partial.rename(file)
+        save_contact_sheet(output_dir, args.validation_prompts)
 
 
-# ----------------------------------------------------------------------------------------------- publishing
-def save_parts(parts: dict, folder: Path):
-    """Saves parts of a pipeline under their names; of a tokenizer also the files that transformers 4 reads."""
-    for name, part in parts.items():
+def save_contact_sheet(output_dir: Path, prompts: list[str], max_columns: int = 12):
+    """Writes samples/contact-sheet.png: prompts down, steps across, the first and the last among them."""
+    steps = list_sample_steps(output_dir)
+    columns = np.linspace(0, len(steps) - 1, min(len(steps), max_columns)).round().astype(int)
+    figure = Figure(figsize=(2 * (len(columns) + 1), 2 * len(prompts) + 0.4), dpi=96)
+    grid = figure.add_gridspec(
+        len(prompts),
+        len(columns) + 1,
+        left=0.0,
+        right=1.0,
+        bottom=0.0,
+        top=1 - 0.4 / (2 * len(prompts) + 0.4),
+        wspace=0.02,
+        hspace=0.02,
+    )
+    for row, prompt in enumerate(prompts):
+        label = figure.add_subplot(grid[row, 0])
+        label.set_axis_off()
+        label.text(0.05, 0.5, textwrap.fill(prompt, 24), va="center", parse_math=False)
+        for column, step in enumerate(steps[index] for index in columns):
+            axes = figure.add_subplot(grid[row, column + 1])
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(f"step {step}")
+            file = sample_file(output_dir, step, row)
+            if file.exists():
+                axes.imshow(Image.open(file))
+    save_figure(figure, output_dir / "samples" / "contact-sheet.png")
+
+
+def save_loss_curve(output_dir: Path):
+    """Writes loss.png: the training loss and its running mean, and the held-out loss, by step."""
+    with only_warn("loss.png"):
+        rows = read_metrics(output_dir)
+        train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+        held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+        mean, means = 0.0, []
+        for count, (_, loss) in enumerate(train, 1):
+            mean += (loss - mean) * max(
+                1 / count, 0.02
+            )  # over all steps at first, and then over the last 50 or so
+            means.append(mean)
+        figure = Figure(figsize=(10, 5), dpi=100, layout="constrained")
+        axes = figure.subplots()
+        axes.set(xlabel="step", ylabel="loss")
+        if train:
+            steps, losses = zip(*train, strict=True)
+            axes.plot(steps, losses, color="lightgray", label="training loss")
+            axes.plot(steps, means, color="tab:blue", label="training loss, running mean")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), color="tab:red", marker="o", label="held-out loss")
+        if train or held_out:
+            axes.set_ylim(
+                0, 1.2 * max([*means, *(loss for _, loss in held_out)])
+            )  # single steps may be off the scale
+            axes.legend()
+        save_figure(figure, output_dir / "loss.png")
+
+
+def save_figure(figure: Figure, file: Path):
+    """Writes a figure, without warnings about the letters that matplotlib's font does not have."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(file)
+
+
+# ------------------------------------------------------------------------------------------------- publishing
+def save_components(components: dict, folder: Path):
+    """Saves a pipeline's components under their names; for a tokenizer also the files that transformers 4
+    reads."""
+    for name, component in components.items():
         shutil.rmtree(folder / name, ignore_errors=True)
-        if isinstance(part, diffusers.ModelMixin):
-            part.register_to_config(_name_or_path="")  # it would tell where it lay on this machine
-        part.save_pretrained(folder / name)
-        if isinstance(part, CLIPTokenizerFast):
-            part.backend_tokenizer.model.save(str(folder / name))  # vocab.json and merges.txt
+        if isinstance(component, diffusers.ModelMixin):
+            component.register_to_config(_name_or_path="")  # it would publish a local path
+        component.save_pretrained(folder / name)
+        if isinstance(component, CLIPTokenizerFast):
+            component.backend_tokenizer.model.save(str(folder / name))  # vocab.json and merges.txt
 
 
-def save_result(args, prior, tokenizer, noise_scheduler, output_dir: Path) -> int | None:
-    """Writes `prior_pipeline/`, the trained prior before anything that could fail is even loaded, and then the whole
-    pipeline at the root, all in float32. Gives the side in pixels of what it draws; None if the decoder is missing."""
-    folder = output_dir / "prior_pipeline"
-    with blaming("--output_dir", output_dir):
-        save_parts({"prior": prior}, folder)
-        text_encoder = load_text_encoder(args, torch.float32)  # anew: the one in use was rounded to half precision
-        parts = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": noise_scheduler}
-        save_parts(parts, folder)
-        wuerstchen.WuerstchenPriorPipeline(prior=prior, **parts).save_config(folder)  # model_index.json
+def link_folder(source: Path, target: Path):
+    """Makes `target` a second name of the same files, or a copy where the file system has no hard links."""
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        shutil.copytree(source, target, copy_function=os.link)
+    except OSError:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def save_pipeline(
+    args: argparse.Namespace,
+    prior: wuerstchen.WuerstchenPrior,
+    tokenizer: CLIPTokenizerFast,
+    noise_scheduler: DDPMWuerstchenScheduler,
+) -> int | None:
+    """Writes `prior_pipeline/`, the trained prior before anything that could fail is loaded, and then the
+    whole pipeline at the root, all in float32. Returns the side in pixels of its images, or None without a
+    decoder."""
+    output_dir = Path(args.output_dir)
+    prior_folder = output_dir / "prior_pipeline"
+    with explain_errors("--output_dir", output_dir):
+        save_components({"prior": prior}, prior_folder)
+        text_encoder = load_text_encoder(
+            args, torch.float32
+        )  # again: the one used in training is in half precision
+        components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": noise_scheduler}
+        save_components(components, prior_folder)
+        components["prior"] = prior
+        wuerstchen.WuerstchenPriorPipeline(**components).save_config(prior_folder)  # model_index.json
     try:
         decoder = load_decoder(args, torch.float32)
-        save_parts(decoder.components, output_dir)
-        for name in ("prior", *parts):
-            target = output_dir / f"prior_{name}"
-            shutil.rmtree(target, ignore_errors=True)
-            try:  # a second name for the same files
-                shutil.copytree(folder / name, target, copy_function=os.link)
-            except OSError:  # the file system knows no hard links
-                shutil.copytree(folder / name, target, dirs_exist_ok=True)
-        named = {f"prior_{name}": part for name, part in parts.items()} | {"prior_prior": prior}
-        wuerstchen.WuerstchenCombinedPipeline(**decoder.components, **named).save_config(output_dir)
-        return encoding.picture_size(decoder, args.resolution)
+        save_components(decoder.components, output_dir)
+        for name in components:
+            link_folder(prior_folder / name, output_dir / f"prior_{name}")
+        prior_components = {f"prior_{name}": component for name, component in components.items()}
+        wuerstchen.WuerstchenCombinedPipeline(**decoder.components, **prior_components).save_config(
+            output_dir
+        )
+        return decoder_image_size(decoder, args.resolution)
     except Exception as error:
         logger.warning(f"{output_dir} will not load as a pipeline, only its prior_pipeline/: {error}")
+        return None
 
 
 MODEL_CARD = """
-# {repo_id}
+---
+{{ card_data }}
+---
 
-The Würstchen prior **{base}**, fine-tuned on **{source}**.
+# {{ repo_id }}
 
-{pictures}## How to use it
+The Würstchen prior **{{ base_model }}**, fine-tuned on **{{ dataset }}**.
+{% if has_images %}
+{% for prompt in prompts %}* {{ prompt }}
+{% endfor %}
+![images of these prompts](grid.png)
+{% endif %}
+## How to use it
 
 ```python
 import diffusers
@@ -692,299 +1664,577 @@ if not hasattr(diffusers.pipelines, "wuerstchen"):  # from 0.38 on
     diffusers.pipelines.wuerstchen = wuerstchen
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-pipeline = diffusers.AutoPipelineForText2Image.from_pretrained("{repo_id}", torch_dtype=dtype).to(device)
-image = pipeline({prompt}, width={size}, height={size}, prior_guidance_scale={guidance}).images[0]
-image.save("picture.png")
+pipeline = diffusers.AutoPipelineForText2Image.from_pretrained("{{ repo_id }}", torch_dtype=dtype).to(device)
+prompt = {{ prompt }}
+image = pipeline(prompt, width={{ size }}, height={{ size }}, prior_guidance_scale={{ guidance_scale }}).images[0]
+image.save("image.png")
 ```
 
 The weights are float32. The prior alone, with its text encoder, is the pipeline in `prior_pipeline/`.
 
 ## How it was trained
 
-For {updates} updates of {samples} samples, {epochs:.1f} epochs of {rows} rows, in {hours:.1f} hours on {processes} x
-{device}, with seed {seed} and `{settings}`.
+For {{ global_step }} steps of {{ plan.samples_per_step }} samples, {{ epochs }} epochs of {{ plan.num_rows }} rows,
+in {{ hours }} hours on {{ plan.num_processes }} x {{ device }}, with seed {{ plan.seed }} and `{{ settings }}`.
 
 ![training loss](loss.png)
 """
 
 
-def save_model_card(args, repo_id: str, size: int | None, global_step: int, plan: dict, device: torch.device):
-    """Writes README.md: what was trained on what, for how long and how, pictures, and code that draws with it."""
-    output_dir, prompts = Path(args.output_dir), args.validation_prompts or []
-    base, data = args.pretrained_prior_model_name_or_path, args.dataset_name
-    on_hub = {name: name is not None and not Path(name).exists() for name in (base, data)}
-    licence = None
-    with suppress(Exception):  # there may be no card, or no Hub
-        licence = hub.ModelCard.load(base if on_hub[base] else Path(base, "README.md")).data.license
-    files, pictures = sorted((output_dir / "samples").glob(f"update-{global_step:07d}-*.png")), ""
+def save_model_card(
+    args: argparse.Namespace, image_size: int | None, global_step: int, plan: SamplePlan, device: torch.device
+):
+    """Writes README.md: what was trained on what, for how long and how, images, and code that generates
+    more."""
+    output_dir = Path(args.output_dir)
+    prompts = args.validation_prompts or []
+    base_model, dataset = args.pretrained_prior_model_name_or_path, args.dataset_name
+    base_is_local = Path(base_model).exists()
+    dataset_is_local = dataset is None or Path(dataset).exists()
+    license_name = None
+    with contextlib.suppress(Exception):  # there may be no card, or no connection to the Hub
+        license_name = hub.ModelCard.load(
+            Path(base_model, "README.md") if base_is_local else base_model
+        ).data.license
+    files = [sample_file(output_dir, global_step, index) for index in range(len(prompts))]
+    files = [file for file in files if file.exists()]
     if files:
-        grid = diffusers.utils.make_image_grid([Image.open(file) for file in files], rows=1, cols=len(files))
-        grid.save(output_dir / "grid.png")
-        pictures = "".join(f"* {prompt}\n" for prompt in prompts) + "\n![pictures](grid.png)\n\n"
-    tags = ["wuerstchen", "text-to-image", "diffusers", "diffusers-training"]
-    fields = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, "license": licence}
-    fields |= {"base_model": base if on_hub[base] else None, "datasets": [data] if on_hub[data] else None}
-    shown = zip(prompts, files, strict=False)
-    widget = [{"text": text, "output": {"url": f"samples/{file.name}"}} for text, file in shown]
-    metadata = hub.ModelCardData(**fields, widget=widget or None)
-    samples = encoding.samples_per_update(plan)
-    rates = [row["images_per_second"] for row in encoding.read_losses(output_dir) if "images_per_second" in row]
-    facts = {"samples": samples, "epochs": global_step * samples / plan["rows"], "updates": global_step, "size": size}
-    facts["hours"] = sum(samples / rate for rate in rates) / 3600
-    facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    facts |= {"settings": recipe_of(args), "repo_id": repo_id, "guidance": GUIDANCE_SCALE}
-    facts["prompt"] = json.dumps((prompts or ["a photo"])[0], ensure_ascii=False)
-    facts |= {"base": base if on_hub[base] else Path(base).name, "source": data if on_hub[data] else "local pictures"}
-    card = MODEL_CARD.format(**plan | facts, pictures=pictures)
-    hub.ModelCard(f"---\n{metadata}\n---\n{card}").save(output_dir / "README.md")
-
-
-def push(repo_id: str, output_dir: Path, global_step: int, token: str | None):
-    """Uploads what a user of the model needs, and nothing else; while the Hub is out of order, it tries again."""
-    wanted = ["README.md", "model_index.json", "grid.png", "loss.png", f"samples/update-{global_step:07d}-*"]
-    parts = wuerstchen.WuerstchenCombinedPipeline.__init__.__annotations__
-    wanted += [f"{name}/*" for name in ("prior_pipeline", *parts)]
-    what = {"repo_id": repo_id, "folder_path": output_dir, "allow_patterns": wanted, "token": token}
-    for wait in (*PUSH_WAITS, None):
-        try:  # the prior's weights first, so that their second copy is found to be there already
-            weights = [hub.CommitOperationAdd(file.name, file) for file in output_dir.glob("prior_*/*/*.safetensors")]
-            hub.preupload_lfs_files(repo_id, weights, token=token)
-            return hub.upload_folder(**what, commit_message="End of training")
-        except Exception as error:
-            problem, status = error, getattr(getattr(error, "response", None), "status_code", 500)
-        if wait is None or (400 <= status < 500 and status not in (408, 429)):
-            include = [f"--include={path}" for path in wanted]
-            if hub.__version__ < "1":  # where the command takes all patterns after one flag
-                include = ["--include", *wanted]
-            way = shlex.join(["hf", "upload", repo_id, str(output_dir), ".", *include])
-            raise SystemExit(f"--push_to_hub: {problem}\nAll of it is in {output_dir}; to push it later: {way}")
-        logger.warning(f"The upload failed ({type(problem).__name__}); it is tried again in {wait} seconds")
-        time.sleep(wait)
-
-
-# ----------------------------------------------------------------------------------------------------- main
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Devices, precision and trackers, as `accelerate config`, the launcher and the flags say."""
-    with blaming("--output_dir", args.output_dir):
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    folders = accelerate.utils.ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir))
-    # Each weight is used once a pass: autocast's cache would only hold on to 2 GB of half-precision copies.
-    handlers = [accelerate.utils.AutocastKwargs(cache_enabled=False)]
-    handlers += [accelerate.utils.InitProcessGroupKwargs(timeout=VALIDATION_TIMEOUT)]
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=[name for name in args.report_to.split(",") if name != "none"] or None,
-        project_config=folders,
-        kwargs_handlers=handlers,
+        make_image_grid([Image.open(file) for file in files], rows=1, cols=len(files)).save(
+            output_dir / "grid.png"
+        )
+    captioned = zip(prompts, files, strict=False)
+    widget = [{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in captioned]
+    card_data = hub.ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["wuerstchen", "text-to-image", "diffusers", "diffusers-training"],
+        license=license_name,
+        base_model=None if base_is_local else base_model,
+        datasets=None if dataset_is_local else [dataset],
+        widget=widget or None,
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    for library in ("accelerate", "httpx"):  # the latter would tell of each request
-        logging.getLogger(library).setLevel(logging.WARNING)
-    diffusers.utils.logging.set_verbosity_error()  # it would say of each pipeline that it is deprecated
-    diffusers.utils.logging.disable_progress_bar()
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    if accelerator.mixed_precision != "no" and not accelerator.native_amp:
-        logger.warning(f"{accelerator.device} cannot do {accelerator.mixed_precision}: everything is in float32")
-    # An update that fp16's scaler skips counts as one, so that the rate stays a function of the update.
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-    return accelerator
+    speeds = [row["images_per_second"] for row in read_metrics(output_dir) if "images_per_second" in row]
+    card = hub.ModelCard.from_template(
+        card_data,
+        template_str=MODEL_CARD.lstrip(),
+        repo_id=args.hub_model_id,
+        base_model=Path(base_model).name if base_is_local else base_model,
+        dataset="local images" if dataset_is_local else dataset,
+        prompts=prompts,
+        has_images=bool(files),
+        prompt=json.dumps((prompts or ["a photo"])[0], ensure_ascii=False),
+        size=image_size,
+        guidance_scale=GUIDANCE_SCALE,
+        global_step=global_step,
+        plan=plan,
+        epochs=f"{global_step * plan.samples_per_step / plan.num_rows:.1f}",
+        hours=f"{sum(plan.samples_per_step / speed for speed in speeds) / 3600:.1f}",
+        device=torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        settings=public_args(args),
+    )
+    card.save(output_dir / "README.md")
 
 
-def check_destinations(args: argparse.Namespace, repo_id: str) -> str:
-    """Tries what the end will need: the decoder's name, and leave to write to the repo, of which it gives the id."""
-    source = args.pretrained_decoder_model_name_or_path
-    with blaming("--pretrained_decoder_model_name_or_path", source):
-        index = wuerstchen.WuerstchenDecoderPipeline.load_config(source, cache_dir=args.cache_dir)
-        if not {"decoder", "vqgan"} <= index.keys():
-            raise ValueError("its model_index.json is not that of a Würstchen decoder")
-    if args.push_to_hub:
-        with blaming("--push_to_hub: --hub_model_id", repo_id):
-            repo = hub.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token)
-            repo_id = repo.repo_id
-            # Asks how a file would be sent, which a token that may only read must not. Nothing is sent.
-            hub.preupload_lfs_files(repo_id, [hub.CommitOperationAdd("README.md", b"-")], token=args.hub_token)
-    return repo_id
+def push_to_hub(repo_id: str, output_dir: Path, global_step: int, token: str | None):
+    """Uploads what a user of the model needs, and nothing else. During a Hub outage it is tried again."""
+    folders = [
+        "prior_pipeline",
+        "prior_prior",
+        "prior_text_encoder",
+        "prior_tokenizer",
+        "prior_scheduler",
+        "decoder",
+        "vqgan",
+        "text_encoder",
+        "tokenizer",
+        "scheduler",
+    ]
+    patterns = ["README.md", "model_index.json", "grid.png", "loss.png", f"samples/step-{global_step:07d}-*"]
+    patterns += [f"{folder}/*" for folder in folders]
+    for delay in (*PUSH_RETRY_DELAYS, None):
+        try:
+            # The weights of the prior first, so that those in prior_pipeline/, the same files, are not sent
+            # again.
+            weights = [
+                hub.CommitOperationAdd(file.name, file) for file in output_dir.glob("prior_*/*/*.safetensors")
+            ]
+            hub.preupload_lfs_files(repo_id, weights, token=token)
+            hub.upload_folder(
+                repo_id=repo_id,
+                folder_path=output_dir,
+                allow_patterns=patterns,
+                token=token,
+                commit_message="End of training",
+            )
+            return
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            is_refusal = status is not None and 400 <= status < 500 and status not in (408, 429)
+            if delay is None or is_refusal:
+                raise SystemExit(
+                    f"--push_to_hub: {error}\nThe result is complete in {output_dir}; to push it later: "
+                    f"{upload_command(repo_id, output_dir, patterns)}"
+                ) from None
+            logger.warning(
+                f"The upload failed ({type(error).__name__}); it is tried again in {delay} seconds"
+            )
+            time.sleep(delay)
 
 
-def plan_run(args, rows, captions: int, seed: int, ranks: int, checkpoint: Path | None, resumed: dict) -> dict:
-    """What decides which samples come when. Refuses to go on with a run that had another plan."""
-    plan = {"seed": seed, "rows": len(rows), "captions": captions, "processes": ranks}
-    plan |= {name: getattr(args, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
-    for name, value in resumed.items():
-        if plan[name] != value:
-            raise SystemExit(f"{checkpoint} cannot go on exactly: its run had {name}={value}, this one {plan[name]}")
-    return plan
+def upload_command(repo_id: str, output_dir: Path, patterns: list[str]) -> str:
+    """The shell command that uploads the same files."""
+    include = [f"--include={pattern}" for pattern in patterns]
+    if hub.__version__ < "1":  # there the command takes all patterns after one flag
+        include = ["--include", *patterns]
+    return shlex.join(["hf", "upload", repo_id, str(output_dir), ".", *include])
 
 
+# ------------------------------------ --cache_latents: the encoders' outputs, kept on disk (need not be read)
+CACHE_BATCH_SIZE = 32  # rows that are encoded at once
+CACHE_SHARD_SIZE, MAX_CACHE_SHARDS = 2048, 256  # rows in a file at least, and files at most
+
+
+def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
+    """The values of a CPU tensor of any dtype, as Arrow can store them."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def tensor_from_bytes(value: bytes, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `tensor_to_bytes`, (n,)."""
+    return torch.frombuffer(bytearray(value), dtype=dtype)
+
+
+def hash_model(model: torch.nn.Module) -> str:
+    """A hash of a model's architecture and weights."""
+    digest = hashlib.blake2b(repr(model).encode(), digest_size=16)  # repr: activations and strides
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor_to_bytes(tensor.cpu()))
+    return digest.hexdigest()
+
+
+def cache_key(
+    dataset: datasets.Dataset, args: argparse.Namespace, tokenizer, text_encoder, image_encoder
+) -> str:
+    """A hash of all that the cache depends on: rows, columns, resolution, dtype, tokenizer, the encoders'
+    weights, and the source of the functions below. After an edit of other code, delete the cache or set
+    another --cache_dir."""
+    functions = (
+        load_image,
+        make_image_transforms,
+        normalize_pixels,
+        list_captions,
+        tokenize_captions,
+        embed_captions,
+        encode_batch,
+    )
+    return Hasher.hash(
+        (
+            dataset._fingerprint,
+            (args.image_column, args.caption_column, args.resolution, str(text_encoder.dtype)),
+            tokenizer.backend_tokenizer.to_str(),
+            hash_model(text_encoder),
+            hash_model(image_encoder),
+            [inspect.getsource(function) for function in functions],
+        )
+    )
+
+
+class RowDataset(Dataset):
+    """Rows as pixels and captions, or the error that reading them raised."""
+
+    def __init__(self, rows: datasets.Dataset, args: argparse.Namespace):
+        self.rows = rows
+        self.args = args
+        self.image_transforms = make_image_transforms(args.resolution)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            row = self.rows[index]
+            captions = list_captions(row, self.args)
+            pixels = self.image_transforms(load_image(row[self.args.image_column], image_folders(self.args)))
+            return {"pixels": pixels, "captions": captions, "error": ""}
+        except Exception as error:  # decoders raise all kinds of errors
+            return {"captions": [], "error": str(error) or type(error).__name__}
+
+
+def collate_rows(rows: list[dict]) -> dict:
+    """Stacks the pixels of the rows that could be read."""
+    pixels = [row["pixels"] for row in rows if not row["error"]]
+    return {
+        "pixels": default_collate(pixels) if pixels else None,
+        "captions": [row["captions"] for row in rows],
+        "errors": [row["error"] for row in rows],
+    }
+
+
+def encode_rows(
+    dataloader, first_row: int, args, tokenizer, text_encoder, image_encoder, progress
+) -> Iterator[dict]:
+    """Yields what the encoders return for each row, `first_row` onwards, and for each of its captions, as
+    bytes."""
+    row = first_row
+    for batch in dataloader:
+        latents, prompt_embeds = iter(()), iter(())
+        if batch["pixels"] is not None:
+            tokens = tokenize_captions(
+                [caption for captions in batch["captions"] for caption in captions], tokenizer
+            )
+            encoded = encode_batch(
+                {"effnet_pixel_values": batch["pixels"]} | tokens, text_encoder, image_encoder
+            )
+            latents, prompt_embeds = iter(encoded[0].cpu()), iter(encoded[1].cpu())
+        for captions, error in zip(batch["captions"], batch["errors"], strict=True):
+            if error and not args.skip_bad_rows:
+                raise SystemExit(f"row {row}: {error}; fix it, or skip such rows with --skip_bad_rows")
+            yield {
+                "latents": b"" if error else tensor_to_bytes(next(latents)),
+                "prompt_embeds": [tensor_to_bytes(next(prompt_embeds)) for _ in captions],
+                "error": error,
+            }
+            row += 1
+        progress.update(len(batch["errors"]))
+
+
+def cache_latents(
+    accelerator: Accelerator,
+    dataset: datasets.Dataset,
+    args: argparse.Namespace,
+    tokenizer,
+    text_encoder,
+    image_encoder,
+) -> datasets.Dataset:
+    """The data set as the encoders' outputs: computed once, kept on disk under `cache_key`, and
+    memory-mapped.
+
+    The ranks share the shards. `datasets` writes each under a temporary name and renames it, so a pass that
+    is interrupted continues at the next shard, with any number of ranks.
+    """
+    key = cache_key(dataset, args, tokenizer, text_encoder, image_encoder)
+    binary = datasets.Value("large_binary")
+    columns = {"latents": binary, "prompt_embeds": datasets.List(binary), "error": datasets.Value("string")}
+    shard_size = max(CACHE_SHARD_SIZE, math.ceil(len(dataset) / MAX_CACHE_SHARDS))
+    shards = [
+        range(first, min(first + shard_size, len(dataset))) for first in range(0, len(dataset), shard_size)
+    ]
+    own_shards = shards[accelerator.process_index :: accelerator.num_processes]
+    num_rows = sum(map(len, own_shards))
+    progress = tqdm(total=num_rows, desc="Encoding", unit="row", disable=not accelerator.is_main_process)
+
+    def load_shard(shard: range) -> datasets.Dataset:
+        dataloader = DataLoader(
+            RowDataset(dataset.select(shard), args),
+            batch_size=CACHE_BATCH_SIZE,
+            collate_fn=collate_rows,
+            num_workers=args.dataloader_num_workers,
+            worker_init_fn=ignore_signals,
+        )
+        return datasets.Dataset.from_generator(
+            encode_rows,
+            features=datasets.Features(columns),
+            cache_dir=args.cache_dir,
+            writer_batch_size=CACHE_BATCH_SIZE,  # the default, 1000 rows, is 200 MB and more
+            gen_kwargs={
+                "dataloader": dataloader,
+                "first_row": shard.start,
+                "args": args,
+                "tokenizer": tokenizer,
+                "text_encoder": text_encoder,
+                "image_encoder": image_encoder,
+                "progress": progress,
+            },
+            fingerprint=f"{key}-{shard.start}-{shard.stop}",
+        )
+
+    datasets.disable_progress_bars()  # one bar for all shards instead of one for each
+    location = f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"
+    with (
+        progress,
+        explain_errors("--cache_latents", location),
+        explain_worker_errors(args.dataloader_num_workers),
+    ):
+        num_done = 0
+        for shard in own_shards:
+            load_shard(shard)
+            num_done += len(shard)
+            progress.update(num_done - progress.n)  # by the rows of a shard that existed already
+        accelerator.wait_for_everyone()
+        dataset = datasets.concatenate_datasets([load_shard(shard) for shard in shards])
+    datasets.enable_progress_bars()
+    return dataset
+
+
+def preprocess_cached(
+    row: dict, resolution: int, empty_embeds: torch.Tensor, caption_dropout: float
+) -> dict[str, torch.Tensor]:
+    """As `preprocess_train`, for a row of `cache_latents`: latents (16, side, side) and prompt_embeds (77,
+    width). `empty_embeds` is the empty caption's embedding, (77, width)."""
+    if row["error"]:
+        raise ValueError(row["error"])
+    side = math.ceil(resolution / STRIDE)
+    latents = tensor_from_bytes(row["latents"], empty_embeds.dtype).view(-1, side, side)
+    prompt_embeds = choose_caption(row["prompt_embeds"], caption_dropout, empty=empty_embeds)
+    if prompt_embeds is not empty_embeds:
+        prompt_embeds = tensor_from_bytes(prompt_embeds, empty_embeds.dtype).view(empty_embeds.shape)
+    return {"latents": latents, "prompt_embeds": prompt_embeds}
+
+
+# --------------------------------------------- --compile: the prior's steps as CUDA graphs (need not be read)
+# The order in which the compiled prior asks for an attention kernel, the fastest on an H100 first.
+ATTENTION_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+CHECKPOINTING_BUDGET = 0.5  # share of the activations that --gradient_checkpointing lets the compiler keep
+
+
+def make_compiled_forward(prior: wuerstchen.WuerstchenPrior) -> Callable:
+    """WuerstchenPrior.forward in channels-last format, in which one compiled function serves all triplets of
+    blocks. (Compiling the whole model takes minutes.)"""
+
+    @functools.partial(torch.compile, dynamic=False)
+    def run_triplet(blocks, x, r_embed, c_embed):
+        res_block, timestep_block, attention_block = blocks
+        return attention_block(timestep_block(res_block(x), r_embed), c_embed)
+
+    def compiled_forward(noisy_latents, timesteps, prompt_embeds):
+        x = prior.projection(noisy_latents).contiguous(memory_format=torch.channels_last)
+        r_embed, c_embed = prior.gen_r_embedding(timesteps), prior.cond_mapper(prompt_embeds)
+        for first in range(0, len(prior.blocks), 3):
+            x = run_triplet(tuple(prior.blocks[first : first + 3]), x, r_embed, c_embed)
+        a, b = prior.out(x).chunk(2, dim=1)
+        return (noisy_latents - a) / ((1 - b).abs() + 1e-5)
+
+    return compiled_forward
+
+
+def compile_prior(
+    prior: wuerstchen.WuerstchenPrior,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    prompt_embeds: torch.Tensor,
+):
+    """Makes the prior's training steps replay two CUDA graphs, forward and backward. Validation runs the
+    prior as it is. Where that is not possible, a warning is logged and nothing is changed.
+
+    The graphs read the weights at their addresses, so change them in place only. Micro-batches must have
+    `args.train_batch_size` samples, with embeddings like `prompt_embeds`, those of any caption, (1, 77,
+    width).
+    """
+    if accelerator.device.type != "cuda" or accelerator.state.dynamo_plugin.backend != "NO":
+        logger.warning("--compile is ignored: it is for CUDA, without --dynamo_backend")
+        return
+    logger.info("Compiling the prior, which takes a minute the first time")
+    eager_forward = prior.forward
+    batch_size, side = args.train_batch_size, math.ceil(args.resolution / STRIDE)
+    latents = torch.zeros(batch_size, prior.config.c_in, side, side, device=accelerator.device)
+    timesteps = torch.zeros(batch_size, device=accelerator.device)
+    inputs = (latents, timesteps, prompt_embeds.repeat(batch_size, 1, 1))
+    try:
+        # Of what a backward pass needs, keep the results of matrix products and recompute what is cheap.
+        functorch_config = torch._functorch.config
+        for reason in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
+            setattr(functorch_config, f"ban_recompute_{reason}", False)
+        functorch_config.activation_memory_budget = (
+            CHECKPOINTING_BUDGET if args.gradient_checkpointing else 1.0
+        )
+        prior.forward = make_compiled_forward(prior)
+        with sdpa_kernel(ATTENTION_KERNELS, set_priority=True), accelerator.autocast():
+            graphed_forward = torch.cuda.make_graphed_callables(prior.train(), inputs).forward
+    except Exception as error:  # for example no C compiler, or a GPU that Triton does not support
+        prior.forward = eager_forward
+        logger.warning(f"--compile is ignored: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return
+
+    def forward(*inputs):
+        return graphed_forward(*inputs) if prior.training else eager_forward(*inputs)
+
+    prior.forward = forward
+    if args.gradient_accumulation_steps > 1:
+        # The first micro-step's gradient is the graph's own memory, which the next one would overwrite.
+        for weight in filter(lambda weight: weight.requires_grad, prior.parameters()):
+            weight.register_hook(lambda grad, weight=weight: grad.clone() if weight.grad is None else grad)
+
+
+# ------------------------------------------------------------------------------------------------------- main
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    if args.hub_token:  # wandb and comet record the command line
-        sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
-    accelerator = make_accelerator(args)
-    device, ranks, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    weight_dtype = frozen_dtype(accelerator)  # the prior's is float32
-
-    # Where the run starts: anew, or at a checkpoint, whose seed goes on.
+    accelerator = setup_accelerator(args)
+    device, rank, is_main_process = accelerator.device, accelerator.process_index, accelerator.is_main_process
     output_dir = Path(args.output_dir)
-    checkpoint, others, state = find_start(args, output_dir)
-    global_step, seed, run_id = state["global_step"], state["seed"], state["run_id"]
-    repo_id = args.hub_model_id or output_dir.resolve().name
-    if accelerator.is_main_process:
-        repo_id = check_destinations(args, repo_id)
 
-    # Data and models. The prior comes from the checkpoint if there is one.
+    # Where the run starts: at step 0, or at a checkpoint, whose seed it keeps.
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
+    stale_checkpoints = find_stale_checkpoints(output_dir, checkpoint, args.overwrite_output_dir)
+    state = load_train_state(checkpoint, stale_checkpoints, output_dir)
+    first_step = state.global_step
+    if args.seed is None:
+        args.seed = state.plan["seed"] if state.plan else random.getrandbits(31)
+    if is_main_process:
+        args.hub_model_id = check_destinations(args)
+    args.seed, args.hub_model_id = broadcast_object_list([args.seed, args.hub_model_id])
+
+    # The data, and which samples each step trains on. Batches run on over an epoch's end, so that each one is
+    # full and each row is used once an epoch.
     with accelerator.local_main_process_first():
-        dataset = load_train_dataset(args, seed)
-    spread = range(0, len(dataset), math.ceil(len(dataset) / 1000))  # some captions tell one data set from another
-    captions = encoding.draw_seed(dataset.select_columns([args.caption_column])[spread])
-    tokenizer, text_encoder, image_encoder, prior = load_models(args, checkpoint, weight_dtype)
-    encode = functools.partial(encode_batch, text_encoder.to(device), image_encoder.to(device))
-    preprocess = functools.partial(preprocess_train, tokenizer=tokenizer, args=args)
-    texts = ["", *(args.validation_prompts or [])]
-    embeds = [embed_tokens(*tokenize_captions([text], tokenizer), text_encoder) for text in texts]
+        dataset = load_train_dataset(args)
+    train_rows, held_out_rows = split_held_out(len(dataset), args.validation_split, args.seed)
+    plan = SamplePlan(
+        seed=args.seed,
+        num_rows=len(train_rows),
+        captions_hash=hash_captions(dataset, args.caption_column),
+        num_processes=accelerator.num_processes,
+        train_batch_size=args.train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    )
+    check_same_plan(plan, state, checkpoint)
+    state.plan = asdict(plan)
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * plan.num_rows / plan.samples_per_step)
+
+    # The models. The encoders are frozen, in half precision under mixed precision; the prior is float32.
+    tokenizer, text_encoder, image_encoder = load_encoders(args, frozen_dtype(accelerator), device)
+    prior = load_prior(args, checkpoint, text_encoder, image_encoder).to(device)
+    ema_prior = load_ema(args, prior, checkpoint, device)
+    noise_scheduler = load_noise_scheduler(device)
+    prompts = ["", *(args.validation_prompts or [])]
+    empty_embeds, *prompt_embeds = embed_prompts(prompts, tokenizer, text_encoder)
     if args.cache_latents:
-        dataset = cache_encodings(accelerator, dataset, tokenizer, text_encoder, image_encoder, args)
-        preprocess = functools.partial(encoding.read_cached, empty=embeds[0][0].cpu(), args=args)
-        encode = lambda batch: (batch["prompt_embeds"], batch["latents"])  # noqa: E731
-        text_encoder = image_encoder = None  # and so out of memory
-    held_out = None
-    if args.validation_split:
-        with blaming("--validation_split", args.validation_split):
-            dataset, held_out = encoding.split_rows(dataset, args.validation_split, seed)
-    noise_scheduler = DDPMWuerstchenScheduler()
-    for name in ("s", "_init_alpha_cumprod"):  # it would copy them to the device, and wait, at each use
-        setattr(noise_scheduler, name, getattr(noise_scheduler, name).to(device))
-    ema_prior = None
-    if args.use_ema and accelerator.is_main_process:
-        ema_prior = make_ema(args, prior, checkpoint)
-        ema_prior.to(device)
+        dataset = cache_latents(accelerator, dataset, args, tokenizer, text_encoder, image_encoder)
+        text_encoder = image_encoder = None  # frees their memory
+    encode = functools.partial(encode_batch, text_encoder=text_encoder, image_encoder=image_encoder)
 
-    # The plan, in updates. Batches and accumulation run on over an epoch's edge: each is full, each row seen once.
-    plan = plan_run(args, dataset, captions, seed, ranks, checkpoint, state["plan"])
-    samples_per_update = encoding.samples_per_update(plan)
-    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / samples_per_update)
-    if accelerator.is_main_process:  # only now, when no flag can be wrong any more
-        remove_checkpoints(others, output_dir)
-        encoding.forget_what_follows(output_dir, global_step if checkpoint else -1)
-    loading = {"collate_fn": collate_fn, "num_workers": args.dataloader_num_workers}
-    loading |= {"worker_init_fn": encoding.ignore_signals, "pin_memory": device.type == "cuda"}
-    samples = encoding.TrainSamples(dataset, preprocess, seed, args.skip_bad_rows)
-    batches = encoding.micro_batches(global_step, max_train_steps, plan, rank)
-    train_dataloader = torch.utils.data.DataLoader(samples, batch_sampler=batches, **loading)
+    # The data loaders.
+    preprocess = make_preprocess(args, tokenizer, empty_embeds, train=True)
+    batches = plan.train_batches(rank, first_step, args.max_train_steps)
+    train_dataset = dataset.select(train_rows, keep_in_memory=True)
+    train_dataloader = make_dataloader(train_dataset, preprocess, batches, args, device)
+    held_out_dataloader = None
+    if args.validation_split is not None:
+        preprocess = make_preprocess(args, tokenizer, empty_embeds, train=False)
+        batches = plan.held_out_batches(rank, len(held_out_rows))
+        held_out_dataset = dataset.select(held_out_rows, keep_in_memory=True)
+        held_out_dataloader = make_dataloader(held_out_dataset, preprocess, batches, args, device)
 
-    # The prior's fast path, the optimizer, and the rate's schedule, which is a function of the update alone.
+    # The optimizer and the learning rate. The prior comes from the checkpoint already, the optimizer's state
+    # now.
     if args.compile:
-        encoding.compile_prior(prior.to(device), accelerator, args, embeds[0])
+        compile_prior(prior, accelerator, args, empty_embeds)
     optimizer = make_optimizer(prior, args, device)
     register_checkpoint_hooks(accelerator, ema_prior)
     prior, optimizer = accelerator.prepare(prior, optimizer)
-    if checkpoint:
-        with blaming("--resume_from_checkpoint", checkpoint):
+    if checkpoint is not None:
+        with explain_errors("--resume_from_checkpoint", checkpoint):
             accelerator.load_state(str(checkpoint))
-    for group in optimizer.param_groups:  # what the flags say now holds, not what the checkpoint remembers
-        group.update(optimizer.optimizer.defaults, initial_lr=args.learning_rate)
-    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max_train_steps}
-    steps |= {"step_rules": args.lr_step_rules, "last_epoch": global_step - 1}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer.optimizer, **steps)
+    lr_scheduler = make_lr_scheduler(optimizer.optimizer, args, first_step)
 
-    # Say what is about to happen. Trackers go on where the checkpoint is.
-    if accelerator.is_main_process:
-        goes_on = {"tensorboard": {"purge_step": global_step + 1 if checkpoint else 0}}
-        goes_on |= {"wandb": {"id": run_id, "resume": "allow"}}
-        told = {name: value for name, value in vars(args).items() if name != "hub_token"} | {"seed": seed}
-        plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in told.items()}
-        accelerator.init_trackers(args.tracker_project_name, plain, goes_on)
-    logger.info(f"{len(dataset)} rows, {max_train_steps} updates of {samples_per_update} samples: {plan}, on {device}")
-    if checkpoint:
-        left = "going on" if global_step < max_train_steps else "nothing is left to train, only to save"
-        logger.info(f"{checkpoint} is at update {global_step}: {left}")
+    # No flag can be wrong from here on, so files of an earlier run that this one does not continue are
+    # deleted.
+    if is_main_process:
+        delete_checkpoints(stale_checkpoints, output_dir)
+        truncate_logs(output_dir, first_step if checkpoint else -1)
+        init_trackers(accelerator, args, state)
+    logger.info(f"Training from step {first_step} to {args.max_train_steps} on {device}: {plan}")
+    if checkpoint is not None and first_step >= args.max_train_steps:
+        logger.info(f"{checkpoint}: nothing is left to train, only to save")
+    signals: list[int] = []
+    validator = Validator(
+        accelerator=accelerator,
+        args=args,
+        prior=accelerator.unwrap_model(prior),
+        ema_prior=ema_prior,
+        noise_scheduler=noise_scheduler,
+        encode=encode,
+        empty_embeds=empty_embeds,
+        prompt_embeds=prompt_embeds,
+        held_out_dataloader=held_out_dataloader,
+        signals=signals,
+    )
 
-    # What validation needs; what is not asked for is None or empty.
-    whole_prior = accelerator.unwrap_model(prior)
-    run = SimpleNamespace(accelerator=accelerator, args=args, seed=seed, prior=whole_prior, ema_prior=ema_prior)
-    run.noise_scheduler, run.encode, run.decoder, run.bad_rows = noise_scheduler, encode, None, set()
-    run.held_out = None
-    if held_out:
-        run.held_out = encoding.held_out_loader(held_out, preprocess, args, seed, rank, ranks, loading)
-    run.empty_embeds, *run.prompt_embeds = embeds
-    if not checkpoint or state.get("due"):  # a run that was ended right after its checkpoint has not done it
-        log_validation(run, global_step)
-
-    batches, bad_rows = iter(train_dataloader), set()
+    batches = iterate_batches(train_dataloader, device, skipped_rows=set(), signals=signals)
     prior.train()
-    progress = tqdm(total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process)
-    with encoding.noted_signals() as signals, progress, logging_redirect_tqdm():  # the bar ends before a stop is told
-        while global_step < max_train_steps:
-            started = time.perf_counter()
-            # All that an update draws follows from (seed, update, rank): resuming draws what not stopping would.
-            torch.manual_seed(encoding.draw_seed(seed, "update", global_step, rank))
-            train_loss, drawn = torch.zeros((), device=device), {"rows": [], "timesteps": []}
-            for _ in range(args.gradient_accumulation_steps):
-                batch = encoding.next_batch(batches, device, bad_rows)
-                with accelerator.accumulate(prior):
-                    with torch.no_grad():
-                        prompt_embeds, latents = encode(batch)
-                        image_embeds = (latents.float() + LATENT_STD) / LATENT_MEAN
-                        noise = torch.randn_like(image_embeds)
-                        timesteps = draw_timesteps(len(noise), args.timestep_sampling, device)
-                        noisy_latents = noise_scheduler.add_noise(image_embeds, noise, timesteps)
-
-                    pred_noise = prior(noisy_latents, timesteps, prompt_embeds)
-                    losses = F.mse_loss(pred_noise.float(), noise, reduction="none").mean(dim=(1, 2, 3))
-                    loss = (losses * loss_weights(args.loss_weighting, noise_scheduler, timesteps)).mean()
-
-                    accelerator.backward(loss)
-                    train_loss += loss.detach() / args.gradient_accumulation_steps
-                    drawn["rows"] += batch["rows"]
-                    drawn["timesteps"].append(timesteps)
-                    if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
-                        train_loss, grad_norm, stop = read_numbers(accelerator, train_loss, grad_norm, signals)
-                        refuse_broken_numbers(accelerator, output_dir, global_step + 1, train_loss, grad_norm, drawn)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            lr_scheduler.step()
-            global_step += 1
-            if ema_prior is not None:
-                ema_prior.step(prior.parameters())
-
-            seen, rate = global_step * samples_per_update, lr_scheduler.get_last_lr()[0]
-            speed = samples_per_update / (time.perf_counter() - started)
-            log = {"train_loss": train_loss, "lr": rate, "grad_norm": grad_norm, "images_per_second": speed}
-            log["epoch"] = seen / len(dataset)
-            if device.type == "cuda":
-                log["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
-            log_numbers(accelerator, log, global_step)
-            progress.set_postfix_str(f"loss {train_loss:.4f}, lr {rate:.2e}, {speed:.1f} images/s", refresh=False)
-            progress.update()
-
-            ended = range((seen - samples_per_update) // len(dataset), seen // len(dataset))  # the epochs, from 0
-            due = any(epoch % args.validation_epochs == 0 for epoch in ended)
-            if args.validation_steps:
-                due = global_step % args.validation_steps == 0
-            if global_step % args.checkpointing_steps == 0 or stop:
-                state = {"global_step": global_step, "plan": plan, "run_id": run_id, "due": due}
+    stop = False
+    progress = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=not is_main_process)
+    worker_errors = explain_worker_errors(args.dataloader_num_workers)
+    with deferred_signals(signals), worker_errors, progress, logging_redirect_tqdm():
+        # Each turn first does what is due after `global_step` steps, and then takes a step: the first turn
+        # validates the untrained prior, the last one takes no step. SIGTERM, at whatever time it arrives, is
+        # obeyed after the next step; outside this block it ends the process at once.
+        while True:
+            is_new = state.global_step > first_step
+            if is_new and (stop or state.global_step % args.checkpointing_steps == 0):
                 save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit)
             if stop:
-                logger.info("Stopped; the same command with --resume_from_checkpoint=latest goes on")
+                logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
                 accelerator.end_training()
-                del batches  # and with it the reading processes
                 sys.exit(128 + max(signals, default=signal.SIGTERM))
-            if ended and bad_rows:
-                logger.warning(f"{len(bad_rows)} rows left out so far, at the end of epoch {ended[-1] + 1}")
-            if due and global_step < max_train_steps:
-                log_validation(run, global_step)
+            if state.global_step >= args.max_train_steps:
+                break
+            if is_validation_due(state.global_step, args, plan):
+                validator.log_validation(state.global_step)
 
-    # The result, on disk before anything is uploaded.
-    with averaged_weights(accelerator, whole_prior, ema_prior, args.use_ema):
-        if accelerator.is_main_process:
-            size = save_result(args, whole_prior, tokenizer, noise_scheduler, output_dir)
-    log_validation(run, global_step)
-    if accelerator.is_main_process:
-        save_model_card(args, repo_id, size, global_step, plan, device)
+            # All random numbers of a step follow from (seed, step, rank), so a resumed run uses the same
+            # ones.
+            started = time.perf_counter()
+            torch.manual_seed(derive_seed(args.seed, "update", state.global_step, rank))
+            train_loss, rows, all_timesteps = torch.zeros((), device=device), [], []
+            for _ in range(args.gradient_accumulation_steps):
+                batch = next(batches)
+                with accelerator.accumulate(prior):
+                    latents, prompt_embeds = encode(batch)
+                    noise = torch.randn_like(latents, dtype=torch.float32)
+                    timesteps = sample_timesteps(len(latents), args.timestep_sampling, device)
+                    loss = diffusion_loss(
+                        prior, noise_scheduler, latents, prompt_embeds, noise, timesteps, args.loss_weighting
+                    ).mean()
+                    accelerator.backward(loss)
+                train_loss += loss.detach() / args.gradient_accumulation_steps
+                rows += batch["rows"]
+                all_timesteps.append(timesteps)
+
+            grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
+            train_loss, grad_norm, stop = reduce_metrics(
+                accelerator, train_loss, grad_norm, stop=bool(signals)
+            )
+            step = state.global_step + 1
+            check_finite(accelerator, output_dir, step, train_loss, grad_norm, rows, all_timesteps)
+            optimizer.step()
+            optimizer.zero_grad()
+            lr_scheduler.step()
+            if ema_prior is not None:
+                ema_prior.step(prior.parameters())
+            state.global_step = step
+
+            metrics = {
+                "train_loss": train_loss,
+                "lr": lr_scheduler.get_last_lr()[0],
+                "grad_norm": grad_norm,
+                "images_per_second": plan.samples_per_step / (time.perf_counter() - started),
+                "epoch": step * plan.samples_per_step / plan.num_rows,
+            }
+            if device.type == "cuda":
+                metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            log_metrics(accelerator, metrics, step)
+            progress.set_postfix_str(
+                f"loss {train_loss:.4f}, lr {metrics['lr']:.2e}, {metrics['images_per_second']:.1f} images/s",
+                refresh=False,
+            )
+            progress.update()
+
+    # The result is on disk before anything is validated or uploaded.
+    image_size = None
+    with ema_weights(validator.prior, ema_prior):
+        if is_main_process:
+            image_size = save_pipeline(args, validator.prior, tokenizer, noise_scheduler)
+    validator.log_validation(state.global_step)
+    if is_main_process:
+        save_model_card(args, image_size, state.global_step, plan, device)
         if args.push_to_hub:
-            push(repo_id, output_dir, global_step, args.hub_token)
+            push_to_hub(args.hub_model_id, output_dir, state.global_step, args.hub_token)
     accelerator.end_training()
 
 

@@ -1,19 +1,22 @@
-# SPDX-License-Identifier: Apache-2.0
 """What all tests share: tiny models, real pictures, and two ways to run the real command.
 
-`run_script` starts a fresh process, as a user does, and pays ten seconds for the imports. `run_main` forks this
-process, which has imported everything already, and calls `main`; what a test has monkeypatched is patched in there
-too. Both run in an empty folder and never reach the network.
+`run_script` starts a fresh process, as a user does, and pays ten seconds for the imports. `run_main` forks
+this process, which has imported everything already, and calls `main`; what a test has monkeypatched is
+patched in there too. Both run in an empty folder and never reach the network.
 """
 
+import functools
+import json
 import logging
 import multiprocessing
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -33,7 +36,7 @@ os.environ.update(
     WANDB_SILENT="true",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
-    PYTORCH_NVML_BASED_CUDA_CHECK="1",  # to ask whether there is a GPU must not start CUDA: it does not survive a fork
+    PYTORCH_NVML_BASED_CUDA_CHECK="1",  # asking for a GPU must not start CUDA, which does not survive a fork
 )
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
     os.environ.pop(name, None)
@@ -41,10 +44,18 @@ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from diffusers import DDPMWuerstchenScheduler  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from transformers import CLIPTextModel  # noqa: E402
 
-# Threads do not survive a fork: had torch started its pool here, the first matrix product in a child would wait for it
-# for ever. With one thread it starts none.
+import train_text_to_image_prior as script  # noqa: E402
+from modeling_efficient_net_encoder import EfficientNetEncoder  # noqa: E402
+
+# Threads do not survive a fork: had torch started its pool here, the first matrix product in a child would
+# wait for it for ever. With one thread it starts none.
 torch.set_num_threads(1)
 
 
@@ -55,7 +66,8 @@ def pytest_unconfigure():
 def tiny_args(models, pictures, output_dir, **flags):
     """The command line of a quick run: three updates on four pictures each.
 
-    `flags` override and add: True is a bare flag, None or False removes one, a list stands for several values.
+    `flags` override and add: True is a bare flag, None or False removes one, a list stands for several
+    values.
     """
     settings = {
         "pretrained_prior_model_name_or_path": models / "prior",
@@ -83,7 +95,8 @@ def tiny_args(models, pictures, output_dir, **flags):
 
 
 class Finished:
-    """A run of `main` that has ended: its exit status (-N: killed by signal N), what it wrote to stdout and stderr."""
+    """A run of `main` that has ended: its exit status (-N: killed by signal N), what it wrote to stdout and
+    stderr."""
 
     def __init__(self, returncode, output):
         self.returncode = returncode
@@ -110,8 +123,9 @@ def main_in_child(args, env, folder, log):
     warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: print(
         warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr
     )
-    # Torch renews its thread pool at the first call after a fork, and that once failed ("Invalid thread pool!") where
-    # the threads in which transformers loads weights made it. Here the main thread does, and weights load in it, too.
+    # Torch renews its thread pool at the first call after a fork, and that once failed ("Invalid thread
+    # pool!") where the threads in which transformers loads weights made it. Here the main thread does, and
+    # weights load in it, too.
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     torch.set_num_threads(1)
     # What a test did with an Accelerator of its own.
@@ -130,17 +144,16 @@ def main_in_child(args, env, folder, log):
             os.environ[name] = value
     sys.argv = [str(SCRIPT), *args]
 
-    import train_text_to_image_prior
-
     try:
-        train_text_to_image_prior.main(args)
+        script.main(args)
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         status = 1 if isinstance(end.code, str) else end.code or 0
     else:
         status = 0
-    # As a process that ends does, and a forked child does not: let go of the frames, and so of the loader's workers.
+    # As a process that ends does, and a forked child does not: let go of the frames, and so of the loader's
+    # workers.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -154,7 +167,8 @@ def pictures():
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A folder with tiny models in `prior`, `decoder` and `encoder`. Shared by all tests: do not write to it."""
+    """A folder with tiny models in `prior`, `decoder` and `encoder`. Shared by all tests: do not write to
+    it."""
     from tiny_models import make_tiny_models
 
     folder = tmp_path_factory.mktemp("models")
@@ -164,10 +178,11 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def run_script(tmp_path_factory):
-    """run_script(args, launcher=(), timeout=600, **env): the script in a fresh process, a CompletedProcess of text.
+    """run_script(args, launcher=(), timeout=600, **env): the script in a fresh process, a CompletedProcess of
+    text.
 
-    `launcher` goes between python and the script: ("-m", "torch.distributed.run", "--nproc_per_node", "2"). An
-    environment variable that is None is removed.
+    `launcher` goes between python and the script: ("-m", "torch.distributed.run", "--nproc_per_node", "2").
+    An environment variable that is None is removed.
     """
 
     def run(args, launcher=(), timeout=600, **env):
@@ -189,10 +204,9 @@ def run_script(tmp_path_factory):
 def run_main(tmp_path_factory):
     """run_main(args, timeout=300, **env): the script's `main` in a fork of this process, as a `Finished`.
 
-    `env` works as in `run_script`, except for what libraries read when they are imported (HF_HUB_OFFLINE, HF_ENDPOINT,
-    OMP_NUM_THREADS, ...): that needs a fresh process.
+    `env` works as in `run_script`, except for what libraries read when they are imported (HF_HUB_OFFLINE,
+    HF_ENDPOINT, OMP_NUM_THREADS, ...): that needs a fresh process.
     """
-    import train_text_to_image_prior  # noqa: F401  here, so that no fork has to
 
     def run(args, timeout=300, **env):
         folder = tmp_path_factory.mktemp("cwd")
@@ -205,7 +219,230 @@ def run_main(tmp_path_factory):
         if child.is_alive():
             child.kill()
             child.join()
-            pytest.fail(f"main did not end in {timeout} seconds; it wrote:\n{log.read_text(errors='replace')}")
+            pytest.fail(
+                f"main did not end in {timeout} seconds; it wrote:\n{log.read_text(errors='replace')}"
+            )
         return Finished(child.exitcode, log.read_text(errors="replace"))
 
     return run
+
+
+# ------------------------------------------------------------- runs whose inputs and outputs are recorded
+
+
+def watch_main(main, file, patch, argv):
+    """In the forked child: runs `main`, writes down what went in and out of the models, and saves that to
+    `file`.
+
+    `steps` has a dict for each micro-step, `rates` and `clipped` the rate and the gradient's norm of each
+    update.
+    """
+    record = {"steps": [], "rates": [], "clipped": [], "frozen": {}}
+    latest, frozen = {}, {}
+
+    def watch(cls, name, note):
+        original = getattr(cls, name)
+
+        @functools.wraps(original)
+        def method(self, *args, **kwargs):
+            result = original(self, *args, **kwargs)
+            note(self, result, *args, **kwargs)
+            return result
+
+        setattr(cls, name, method)
+
+    def note_encoder(encoder, latents, pixels):
+        frozen.setdefault("image_encoder", encoder)
+        latest.update(pixels=pixels, latents=latents, image_encoder_training=encoder.training)
+
+    def note_text(encoder, output, input_ids, attention_mask, **_):
+        frozen.setdefault("text_encoder", encoder)
+        latest.update(ids=input_ids, mask=attention_mask, text_encoder_training=encoder.training)
+
+    def note_noise(scheduler, noisy, samples, noise, timesteps):
+        if samples.dim() == 4:
+            latest.update(image_embeds=samples, noise=noise, timesteps=timesteps)
+
+    def note_prior(prior, pred_noise, x, r, c):  # the pipeline names its arguments
+        if prior.training:
+            step = {"noisy": x, "given": r, "prompt_embeds": c, "pred": pred_noise}
+            step["weights_cached"] = torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
+            record["steps"].append(
+                {k: v.detach().clone() if torch.is_tensor(v) else v for k, v in (latest | step).items()}
+            )
+
+    def note_update(optimizer, _, *args):
+        record["rates"].append(optimizer.param_groups[0]["lr"])
+
+    def note_gradients(optimizer, *_):
+        if optimizer.gradient_state.sync_gradients:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            record["clipped"].append(
+                torch.stack([gradient.double().norm() for gradient in gradients]).norm().item()
+            )
+
+    watch(EfficientNetEncoder, "forward", note_encoder)
+    watch(CLIPTextModel, "forward", note_text)
+    watch(DDPMWuerstchenScheduler, "add_noise", note_noise)
+    watch(script.wuerstchen.WuerstchenPrior, "forward", note_prior)
+    watch(torch.optim.AdamW, "step", note_update)
+    watch(AcceleratedOptimizer, "step", note_gradients)
+    if patch is not None:
+        patch()
+    try:
+        main(argv)
+    finally:
+        record["frozen"] = {name: dict(model.state_dict()) for name, model in frozen.items()}
+        torch.save(record, file)
+
+
+class Run:
+    """A finished run of the command."""
+
+    def __init__(self, finished, folder, record):
+        self.returncode, self.output, self.folder = finished.returncode, finished.output, folder
+        self.record = torch.load(record, map_location="cpu") if record.exists() else None
+
+    def __repr__(self):
+        return f"exit status {self.returncode} after:\n{self.output}"
+
+    def logged(self, tag):
+        """What TensorBoard shows of a number: {update: value}."""
+        events = EventAccumulator(str(self.folder / "logs" / "text2image-fine-tune"), {"scalars": 0}).Reload()
+        scalars = events.Scalars(tag)
+        assert len({scalar.step for scalar in scalars}) == len(scalars), (
+            f"{tag} is logged twice for an update"
+        )
+        return {scalar.step: scalar.value for scalar in scalars}
+
+    def prior(self, step=None, name="prior"):
+        """The weights of the prior, in the checkpoint of an update or in the result."""
+        folder = self.folder / ("prior_pipeline" if step is None else f"checkpoint-{step}") / name
+        return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+    def all(self, name):
+        """A recorded tensor of every micro-step as one batch."""
+        return torch.cat([step[name] for step in self.record["steps"]])
+
+
+@pytest.fixture(scope="session")
+def finished_runs():
+    return {}
+
+
+@pytest.fixture
+def train(run_main, finished_runs, models, pictures, tmp_path_factory, monkeypatch):
+    """train(patch=None, env=None, **flags): a Run with these flags; what has been run before is not run
+    again.
+
+    `patch` is called in the child before `main`, to patch what it likes.
+    """
+
+    def train(patch=None, env=None, **flags):
+        key = repr((patch, env, sorted(flags.items())))
+        if key not in finished_runs or "resume_from_checkpoint" in flags:
+            folder = Path(flags.get("output_dir") or tmp_path_factory.mktemp("run") / "out")
+            record = tmp_path_factory.mktemp("record") / "record.pt"
+            monkeypatch.setattr(script, "main", functools.partial(watch_main, script.main, record, patch))
+            settings = {"report_to": "tensorboard", "output_dir": folder} | flags
+            done = run_main(tiny_args(models, pictures, **settings), **(env or {}))
+            monkeypatch.undo()
+            finished_runs[key] = Run(done, folder, record)
+        return finished_runs[key]
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def steady_prior(models, tmp_path_factory):
+    """The tiny prior with its dropout at 0, so that a step can be computed anew."""
+    folder = tmp_path_factory.mktemp("steady") / "prior"
+    shutil.copytree(models / "prior", folder)
+    config = folder / "prior" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dropout": 0.0}))
+    return folder
+
+
+def same_weights(left, right):
+    """Whether two sets of weights are the same, bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def distance(left, right):
+    """The largest difference between two sets of weights."""
+    assert left.keys() == right.keys()
+    return max((left[name].double() - right[name].double()).abs().max().item() for name in left)
+
+
+def load_optimizer_state(checkpoint):
+    """AdamW's moments and counts in a checkpoint, by name."""
+    state = torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True)["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value) for index in state for name, value in state[index].items()
+    }
+
+
+def resumed(train, run, update, tmp_path, by="latest", **flags):
+    """The run taken up again from one of its checkpoints, in a folder that holds that checkpoint alone."""
+    folder = tmp_path / f"from-{update}"
+    shutil.copytree(run.folder / f"checkpoint-{update}", folder / f"checkpoint-{update}")
+    by = folder / f"checkpoint-{update}" if by == "path" else by
+    again = train(**flags, output_dir=folder, resume_from_checkpoint=by)
+    assert again.returncode == 0, again
+    return again
+
+
+def assert_continues_as(again, run, update, last):
+    """Everything after `update` is what the unbroken run has."""
+    for later in range(update + 1, last + 1):
+        assert same_weights(again.prior(later), run.prior(later)), f"the weights of update {later}"
+        here, there = (load_optimizer_state(r.folder / f"checkpoint-{later}") for r in (again, run))
+        assert same_weights(here, there), f"the optimizer's state of update {later}"
+        if (run.folder / f"checkpoint-{later}" / "prior_ema").exists():
+            assert same_weights(again.prior(later, "prior_ema"), run.prior(later, "prior_ema")), (
+                f"the average, {later}"
+            )
+    assert same_weights(again.prior(), run.prior())
+    for tag in ("train_loss", "grad_norm", "lr"):
+        expected = {step: value for step, value in run.logged(tag).items() if step > update}
+        assert again.logged(tag) == expected, tag
+    for picture in (again.folder / "samples").glob("step-*.png"):
+        assert picture.read_bytes() == (run.folder / "samples" / picture.name).read_bytes(), picture.name
+
+
+@pytest.fixture
+def train_ranks(run_main, finished_runs, models, pictures, tmp_path_factory, monkeypatch):
+    """As `train`, with two ranks over gloo in two forks; gives the Run of each."""
+
+    def train_ranks(patch=None, **flags):
+        key = repr(("ranks", patch, sorted(flags.items())))
+        if key not in finished_runs or "resume_from_checkpoint" in flags:
+            folder = Path(flags.get("output_dir") or tmp_path_factory.mktemp("ranks") / "out")
+            settings = {"report_to": "tensorboard", "output_dir": folder} | flags
+            args, main = tiny_args(models, pictures, **settings), script.main
+            records = [tmp_path_factory.mktemp("record") / "record.pt" for _ in range(2)]
+            monkeypatch.setattr(
+                script,
+                "main",
+                lambda argv: watch_main(main, records[int(script.os.environ["RANK"])], patch, argv),
+            )
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            runs = [None, None]
+
+            def start(rank):
+                env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+                runs[rank] = run_main(args, timeout=120, **env)
+
+            threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            monkeypatch.undo()
+            finished_runs[key] = [Run(run, folder, record) for run, record in zip(runs, records, strict=True)]
+        return finished_runs[key]
+
+    return train_ranks

@@ -1,19 +1,18 @@
-# SPDX-License-Identifier: Apache-2.0
 """Tiny random models in the layouts of the published ones, so that the real command runs in seconds on a CPU.
 
     python tests/tiny_models.py FOLDER
 
-writes FOLDER/prior (as warp-ai/wuerstchen-prior), FOLDER/decoder (as warp-ai/wuerstchen) and FOLDER/encoder (as
-EfficientNetEncoder.save_pretrained does). Train on them with
+writes FOLDER/prior (as warp-ai/wuerstchen-prior), FOLDER/decoder (as warp-ai/wuerstchen) and FOLDER/encoder
+(as EfficientNetEncoder.save_pretrained does). Train on them with
 
     python train_text_to_image_prior.py --pretrained_prior_model_name_or_path FOLDER/prior \\
         --pretrained_decoder_model_name_or_path FOLDER/decoder \\
         --pretrained_image_encoder_name_or_path FOLDER/encoder \\
         --train_data_dir tests/data/emoji-64 --resolution 64
 
-The numbers that the script's arithmetic rests on are the published ones: 16 latent channels that come out with mean
--1 and deviation 42, a tokenizer with CLIP's vocabulary and 77 tokens, a decoder that takes pictures of multiples of
-128 pixels. All else is as small as it goes.
+The numbers that the script's arithmetic rests on are the published ones: 16 latent channels that come out
+with mean -1 and deviation 42, a tokenizer with CLIP's vocabulary and 77 tokens, a decoder that takes pictures
+of multiples of 128 pixels. All else is as small as it goes.
 """
 
 import argparse
@@ -31,14 +30,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.insert(0, str(DATA.parent.parent))
 
-# The script goes first: importing it mends the Würstchen pipelines of diffusers 0.38 and later.
-from modeling_efficient_net_encoder import (  # noqa: E402
-    EfficientNetEncoder,
-    crop_square,
-    decode_picture,
+from modeling_efficient_net_encoder import EfficientNetEncoder  # noqa: E402
+from train_text_to_image_prior import (  # noqa: E402
+    load_image,
+    make_image_transforms,
     normalize_pixels,
+    wuerstchen,
 )
-from train_text_to_image_prior import wuerstchen  # noqa: E402
 
 PICTURES = DATA / "emoji-64"
 LATENT_CHANNELS = 16
@@ -93,9 +91,9 @@ def shake_norms(model):
 def make_prior(*, seed=0, **prior_kwargs):
     """A WuerstchenPrior of two blocks; `prior_kwargs` go to its constructor (`dropout=0.0`, `depth=3`, ...).
 
-    A fresh prior is far from a trained one: it divides by |1 - b|, which its random last layer brings near zero.
-    With that layer scaled down it begins as the guess that all of the input is noise. Scaled to zero it would keep
-    every other layer from having a gradient in the first step.
+    A fresh prior is far from a trained one: it divides by |1 - b|, which its random last layer brings near
+    zero. With that layer scaled down it begins as the guess that all of the input is noise. Scaled to zero it
+    would keep every other layer from having a gradient in the first step.
     """
     config = dict(c_in=LATENT_CHANNELS, c=64, c_cond=PRIOR_TEXT_WIDTH, c_r=64, depth=2, nhead=4, dropout=0.1)
     with seeded(seed), torch.no_grad():
@@ -106,30 +104,33 @@ def make_prior(*, seed=0, **prior_kwargs):
     return prior.eval()
 
 
-def read_pictures(folder, resolution):
-    """Every picture of a folder as one (N, 3, resolution, resolution) batch, as the encoder takes it."""
+def read_images(folder, resolution):
+    """Every image of a folder as one (N, 3, resolution, resolution) batch, as the encoder takes it."""
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix in (".jpg", ".png", ".webp"))
-    pictures = [decode_picture({"path": str(path), "bytes": None}) for path in paths]
-    return torch.stack([normalize_pixels(crop_square(picture, resolution)) for picture in pictures])
+    image_transforms = make_image_transforms(resolution)
+    images = [load_image({"path": str(path), "bytes": None}, [Path(folder)]) for path in paths]
+    return normalize_pixels(torch.stack([image_transforms(image) for image in images]))
 
 
 @torch.no_grad()
 def make_encoder(*, seed=0, pictures=PICTURES, resolution=64):
     """An EfficientNetEncoder with random weights whose latents of `pictures` are as the prior expects them.
 
-    That is `(encoder(pixels) + 1) / 42` with mean 0 and deviation 1 in every channel, over all pictures and places.
+    That is `(encoder(pixels) + 1) / 42` with mean 0 and deviation 1 in every channel, over all pictures and
+    places.
     """
     with seeded(seed):
         encoder = EfficientNetEncoder(c_latent=LATENT_CHANNELS).eval()
-    # Forty random layers in a row are chaotic: rounding the weights to bf16 moves the latents by as much as another
-    # picture does. With the residual branches turned down it moves them by a few percent.
+    # Forty random layers in a row are chaotic: rounding the weights to bf16 moves the latents by as much as
+    # another picture does. With the residual branches turned down it moves them by a few percent.
     for module in encoder.modules():
         if isinstance(module, (MBConv, FusedMBConv)) and module.use_res_connect:
             module.block[-1][1].weight.fill_(0.1)
-    pixels = read_pictures(pictures, resolution)
+    pixels = read_images(pictures, resolution)
 
-    # Untrained batch norms let the signal grow or die on its way. Those alone are in train mode: with the whole model
-    # in train mode stochastic depth would leave out layers, and the statistics would be those of another network.
+    # Untrained batch norms let the signal grow or die on its way. Those alone are in train mode: with the
+    # whole model in train mode stochastic depth would leave out layers, and the statistics would be those of
+    # another network.
     norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -140,7 +141,8 @@ def make_encoder(*, seed=0, pictures=PICTURES, resolution=64):
         norm.eval()
         norm.momentum = momentum
 
-    # The last norm by what it is given in eval mode: train mode keeps the unbiased variance, and so is a little off.
+    # The last norm by what it is given in eval mode: train mode keeps the unbiased variance, and so is a
+    # little off.
     conv, norm = encoder.mapper
     variance, mean = torch.var_mean(conv(encoder.backbone(pixels)), dim=(0, 2, 3), correction=0)
     norm.running_mean.copy_(mean)
@@ -151,17 +153,25 @@ def make_encoder(*, seed=0, pictures=PICTURES, resolution=64):
 
 
 def save_published_encoder(encoder, path):
-    """Write `encoder` as the authors' training file `model_v2_stage_b.pt` has it, beside weights of another model."""
+    """Write `encoder` as the authors' training file `model_v2_stage_b.pt` has it, beside weights of another
+    model."""
     other = {"embedding.1.weight": torch.zeros(8, 16, 1, 1), "embedding.1.bias": torch.zeros(8)}
-    file = {"state_dict": other, "effnet_state_dict": encoder.state_dict(), "ema_state_dict": other, "iter": 1000}
+    file = {
+        "state_dict": other,
+        "effnet_state_dict": encoder.state_dict(),
+        "ema_state_dict": other,
+        "iter": 1000,
+    }
     torch.save(file, path)
 
 
 def make_decoder(*, seed=0):
-    """(WuerstchenDiffNeXt, PaellaVQModel) that make a picture which depends on the latents, the prompt and the noise.
+    """(WuerstchenDiffNeXt, PaellaVQModel) that make a picture which depends on the latents, the prompt and
+    the noise.
 
-    Patches of 2 and four levels, as in the published decoder: its own latents' side must be a multiple of 16. Prior
-    latents of side 3 (10.67 times that is 32) make 128 pixels; sides of 2 (21) and 4 (42) it cannot draw.
+    Patches of 2 and four levels, as in the published decoder: its own latents' side must be a multiple of 16.
+    Prior latents of side 3 (10.67 times that is 32) make 128 pixels; sides of 2 (21) and 4 (42) it cannot
+    draw.
     """
     with seeded(seed), torch.no_grad():
         decoder = wuerstchen.WuerstchenDiffNeXt(
@@ -178,8 +188,8 @@ def make_decoder(*, seed=0):
             effnet_embd=LATENT_CHANNELS,
             clip_embd=DECODER_TEXT_WIDTH,
         )
-        # Its own initialisation halves the last layer of every residual block once for each module of the model, which
-        # leaves zeros: nothing would depend on the latents. PyTorch's lets them through.
+        # Its own initialisation halves the last layer of every residual block once for each module of the
+        # model, which leaves zeros: nothing would depend on the latents. PyTorch's lets them through.
         for name, module in decoder.named_modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 module.reset_parameters()
@@ -188,8 +198,9 @@ def make_decoder(*, seed=0):
             if name.endswith(".to_out.0"):
                 module.weight.mul_(4)  # the prompt shows in 8 bits
         shake_norms(decoder)
-        # The model guesses the noise as (x - a) / b. The last layer makes a first, then the logit of b. With b so near
-        # 1 and a small the guess is nearly x, which the sampler stands, and what is left over depends on conditions.
+        # The model guesses the noise as (x - a) / b. The last layer makes a first, then the logit of b. With
+        # b so near 1 and a small the guess is nearly x, which the sampler stands, and what is left over
+        # depends on conditions.
         last = decoder.clf[1]
         half = last.out_channels // 2
         nn.init.normal_(last.weight[:half], std=0.02)
@@ -198,7 +209,8 @@ def make_decoder(*, seed=0):
         nn.init.constant_(last.bias[half:], 8.0)
 
         vqgan = wuerstchen.PaellaVQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)
-        # Pictures are cut off at 0 and 1: a deviation of some 0.2 about mid-grey keeps nearly all of them inside.
+        # Pictures are cut off at 0 and 1: a deviation of some 0.2 about mid-grey keeps nearly all of them
+        # inside.
         colours = vqgan.out_block[0]
         colours.bias.fill_(0.5)
         noise = vqgan.config.scale_factor * torch.randn(1, 4, 64, 64)
@@ -215,7 +227,9 @@ def make_tiny_models(folder, *, seed=0, pictures=PICTURES, resolution=64, **prio
         pictures, resolution: what the encoder is calibrated on, the side in pixels.
         prior_kwargs: see `make_prior`.
     """
-    prior_folder, decoder_folder, encoder_folder = (Path(folder) / name for name in ("prior", "decoder", "encoder"))
+    prior_folder, decoder_folder, encoder_folder = (
+        Path(folder) / name for name in ("prior", "decoder", "encoder")
+    )
     tokenizer = make_tokenizer()
 
     wuerstchen.WuerstchenPriorPipeline(

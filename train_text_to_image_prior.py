@@ -11,7 +11,7 @@ The file reads in the order in which it runs, and `main`, at its end, is the sum
 
     arguments      parse_args, public_args, explain_errors
     setup          setup_accelerator, check_destinations, init_trackers, deferred_signals
-    data           load_train_dataset, load_image, make_augmentations, choose_caption, preprocess_train, SamplePlan
+    data           load_train_dataset, make_augmentations, choose_caption, preprocess_train, SamplePlan
     models         load_encoders, load_prior, load_ema, make_optimizer, make_lr_scheduler
     diffusion      encode_batch, sample_timesteps, diffusion_loss
     validation     is_validation_due, Validator
@@ -144,48 +144,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     fraction, non_negative = bounded(float, 0, 1), bounded(float, 0)
 
     add = parser.add_argument_group("models, each a Hub repo or a local folder").add_argument
-    add(
-        "--pretrained_prior_model_name_or_path",
-        default="warp-ai/wuerstchen-prior",
-        help="the prior to fine-tune",
-    )
-    add(
-        "--pretrained_decoder_model_name_or_path",
-        default="warp-ai/wuerstchen",
-        help="decodes latents to images",
-    )
-    add(
-        "--pretrained_image_encoder_name_or_path",
-        default="dome272/wuerstchen",
-        help="encodes images to latents",
-    )
+    add("--pretrained_prior_model_name_or_path", default="warp-ai/wuerstchen-prior", help="to fine-tune")
+    add("--pretrained_decoder_model_name_or_path", default="warp-ai/wuerstchen", help="latents to images")
+    add("--pretrained_image_encoder_name_or_path", default="dome272/wuerstchen", help="images to latents")
     add("--cache_dir", help="folder for downloaded models, prepared data sets and encoded images")
 
     add = parser.add_argument_group("data: one of the first two; --dataset_name has precedence").add_argument
     add("--dataset_name", help="a data set on the Hub, or a local copy of one")
-    add(
-        "--train_data_dir",
-        help="folder of images with a metadata.jsonl or .csv, or of Parquet or Arrow files",
-    )
+    add("--train_data_dir", help="folder of images with metadata.jsonl or .csv, or of Parquet or Arrow files")
     add("--dataset_config_name", help="configuration of the data set")
     add("--image_column", default="image", help="column of the images")
     add("--caption_column", default="text", help="column of the captions, each a string or a list of strings")
     add("--max_train_samples", type=positive_int, help="number of rows to use, selected with the seed")
-    add(
-        "--validation_split", type=bounded(float, 1e-9), help="held-out rows: a number, or below 1 a fraction"
-    )
+    add("--validation_split", type=bounded(float, 1e-9), help="rows, or below 1 a fraction, to hold out")
     add("--resolution", type=bounded(int, STRIDE), default=512, help="side of the square crop, in pixels")
     add("--random_crop", action="store_true", help="crop at a random position instead of the center")
     add("--random_flip", action="store_true", help="mirror half of the images, left to right")
     add("--skip_bad_rows", action="store_true", help="replace unreadable rows by others instead of stopping")
-    add(
-        "--dataloader_num_workers", type=natural, default=0, help="worker processes that read images; 0: none"
-    )
-    add(
-        "--cache_latents",
-        action="store_true",
-        help="encode all rows once, to disk; about 215 KB a row at 768",
-    )
+    add("--dataloader_num_workers", type=natural, default=0, help="processes that read images; 0: none")
+    add("--cache_latents", action="store_true", help="encode all rows once, to disk: 215 KB a row at 768")
 
     add = parser.add_argument_group("training; a step is one update of the weights").add_argument
     add("--seed", type=natural, help="of all random numbers; by default one is chosen, logged and saved")
@@ -198,17 +175,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--allow_tf32", action="store_true", help="use TF32 for float32 matrix products on CUDA")
     add("--use_ema", action="store_true", help="average the weights; the average is validated and saved")
     add("--loss_weighting", choices=["none", "p2"], default="none", help="p2: as in the original training")
+    timesteps = {"choices": ["uniform", "stretched"], "default": "uniform"}
+    add("--timestep_sampling", **timesteps, help="stretched: as in the original training")
     add(
-        "--timestep_sampling",
-        choices=["uniform", "stretched"],
-        default="uniform",
-        help="stretched: as the original",
-    )
-    add(
-        "--caption_dropout",
-        type=fraction,
-        default=0.0,
-        help="fraction of samples trained on the empty caption",
+        "--caption_dropout", type=fraction, default=0.0, help="fraction of captions replaced by the empty one"
     )
     add("--compile", action="store_true", help="compile the prior and replay it as CUDA graphs")
 
@@ -218,7 +188,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr_warmup_steps", type=natural, default=500, help="steps, for schedules with a warm-up")
     add(
         "--lr_step_rules",
-        help="for piecewise_constant: 1:100,0.1:200,0.01 are factors and the steps they end at",
+        help="for piecewise_constant: factors and the steps they end at, 1:100,0.1:200,0.01",
     )
     add("--adam_beta1", type=fraction, default=0.9)
     add("--adam_beta2", type=fraction, default=0.999)
@@ -229,30 +199,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="wuerstchen-model-finetuned", help="folder for everything that is written")
-    add(
-        "--overwrite_output_dir", action="store_true", help="delete checkpoints that this run does not resume"
-    )
+    add("--overwrite_output_dir", action="store_true", help="delete checkpoints that are not resumed")
     add("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
     add("--checkpoints_total_limit", type=positive_int, help="number of checkpoints to keep; default: all")
     add("--resume_from_checkpoint", help="'latest' or the path of a checkpoint")
     add(
         "--validation_prompts",
         nargs="+",
-        help="prompts to generate images for before, during and after training",
+        help="prompts of images generated before, during and after training",
     )
     add("--validation_epochs", type=positive_int, default=5, help="epochs between validations")
-    add(
-        "--validation_steps",
-        type=positive_int,
-        help="steps between validations; overrides --validation_epochs",
-    )
+    add("--validation_steps", type=positive_int, help="steps between validations, instead of epochs")
     add("--logging_dir", default="logs", help="folder of the trackers' files, under --output_dir")
-    add(
-        "--report_to",
-        type=lambda text: text.replace(" ", "") or "none",
-        default="tensorboard",
-        help="trackers, separated by commas: tensorboard, wandb, comet_ml, ..., all, none",
-    )
+    trackers = {"type": lambda text: text.replace(" ", "") or "none", "default": "tensorboard"}
+    add("--report_to", **trackers, help="comma-separated: tensorboard, wandb, comet_ml, ..., all, none")
     add("--tracker_project_name", default="text2image-fine-tune")
     add("--push_to_hub", action="store_true", help="upload the result at the end")
     add("--hub_model_id", help="repo to upload to; default: the name of --output_dir")
@@ -279,20 +239,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+# Flags that are secret or only have a meaning on this machine.
+PRIVATE_FLAGS = {
+    "hub_token",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "dataloader_num_workers",
+    "local_rank",
+}
+
+
 def public_args(args: argparse.Namespace) -> str:
-    """The settings as flags, for image files and the model card: without the token, local paths, and whatever
-    else only has a meaning on this machine."""
-    private = (
-        "hub_token",
-        "resume_from_checkpoint",
-        "overwrite_output_dir",
-        "dataloader_num_workers",
-        "local_rank",
-    )
+    """The settings as flags, for image files and the model card, without private ones and local paths."""
     words = []
     for name, value in vars(args).items():
         is_local_path = isinstance(value, str) and os.path.exists(value)
-        if name in private or is_local_path or value is None or value is False:
+        if name in PRIVATE_FLAGS or is_local_path or value is None or value is False:
             continue
         if isinstance(value, list):
             words += [f"--{name}", *value]
@@ -309,65 +271,54 @@ def explain_errors(flag: str, value) -> Iterator[None]:
     except Exception as error:
         while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # the reason, for example a full disk
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0][:300] if lines else ""
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise SystemExit(f"{flag}={value}: {kind}{reason}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ setup
 def setup_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Sets up devices, precision, trackers and logging, as `accelerate config`, the launcher and the flags
-    say."""
+    """Sets up devices, precision, trackers and logging by the flags, the launcher and `accelerate config`."""
+    atexit.register(kill_workers)
     if args.hub_token:  # wandb and comet_ml record the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
     with explain_errors("--output_dir", args.output_dir):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     logging_dir = os.path.join(args.output_dir, args.logging_dir)
+    # A plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would override a number.
+    accumulation = accelerate.utils.GradientAccumulationPlugin(args.gradient_accumulation_steps)
     accelerator = Accelerator(
-        # As a plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would override the
-        # number.
-        gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(
-            args.gradient_accumulation_steps
-        ),
+        gradient_accumulation_plugin=accumulation,
         mixed_precision=args.mixed_precision,
         log_with=[name for name in args.report_to.split(",") if name != "none"] or None,
         project_config=accelerate.utils.ProjectConfiguration(args.output_dir, logging_dir),
         kwargs_handlers=[
-            # Each weight is used once per pass, so autocast's cache would only keep 2 GB of half-precision
-            # copies.
+            # Each weight is used once per pass: autocast's cache would only hold 2 GB of 16-bit copies.
             accelerate.utils.AutocastKwargs(cache_enabled=False),
             accelerate.utils.InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         ],
     )
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO
-    )
+    engine = accelerator.distributed_type
+    if engine in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise SystemExit(
+            f"accelerate config: {engine.value} is not supported; choose multi-GPU. To save memory, use "
+            "--use_8bit_adam --gradient_checkpointing: 1 B parameters need no sharding."
+        )
+    log_format = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(format=log_format, datefmt="%H:%M:%S", level=logging.INFO)
     for library in ("accelerate", "httpx", "httpx2"):  # the last two log every request
         logging.getLogger(library).setLevel(logging.WARNING)
     diffusers.utils.logging.set_verbosity_error()  # it warns that the Würstchen pipelines are deprecated
     diffusers.utils.logging.disable_progress_bar()
-    atexit.register(kill_workers)
-    if accelerator.distributed_type in (
-        DistributedType.DEEPSPEED,
-        DistributedType.FSDP,
-        DistributedType.MEGATRON_LM,
-    ):
-        raise SystemExit(
-            f"accelerate config: {accelerator.distributed_type.value} is not supported; choose multi-GPU, and save "
-            "memory with --use_8bit_adam --gradient_checkpointing: 1 B parameters need no sharding"
-        )
-    if accelerator.mixed_precision != "no" and not accelerator.native_amp:
-        logger.warning(
-            f"{accelerator.device} does not support {accelerator.mixed_precision}: training in float32"
-        )
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    precision = accelerator.mixed_precision
+    if precision != "no" and not accelerator.native_amp:
+        logger.warning(f"{accelerator.device} does not support {precision}: training in float32")
     return accelerator
 
 
 def check_destinations(args: argparse.Namespace) -> str:
-    """Checks now what is needed at the end: the decoder, and permission to write to the repo, whose id it
-    returns."""
+    """Checks what is needed at the end: the decoder, and write access to the repo, whose id it returns."""
     source = args.pretrained_decoder_model_name_or_path
     with explain_errors("--pretrained_decoder_model_name_or_path", source):
         config = wuerstchen.WuerstchenDecoderPipeline.load_config(source, cache_dir=args.cache_dir)
@@ -376,12 +327,10 @@ def check_destinations(args: argparse.Namespace) -> str:
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
     if args.push_to_hub:
         with explain_errors("--push_to_hub: --hub_model_id", repo_id):
-            private = True if args.hub_private_repo else None
-            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True, token=args.hub_token).repo_id
-            # Asks how a file would be uploaded, which is forbidden to a read-only token. Nothing is uploaded.
-            hub.preupload_lfs_files(
-                repo_id, [hub.CommitOperationAdd("README.md", b"-")], token=args.hub_token
-            )
+            private, token = args.hub_private_repo or None, args.hub_token
+            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
+            # Asks how a file would be uploaded, which a read-only token must not. Nothing is uploaded.
+            hub.preupload_lfs_files(repo_id, [hub.CommitOperationAdd("README.md", b"-")], token=token)
     return repo_id
 
 
@@ -401,14 +350,15 @@ def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: "Tr
 def kill_workers():
     """Kills the data loaders' workers at exit. They ignore SIGTERM, with which multiprocessing ends its
     processes: it would wait for them forever after an error in the training loop."""
+    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would raise that a worker was killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
 
 
 @contextlib.contextmanager
 def deferred_signals(received: list[int]) -> Iterator[None]:
-    """Appends SIGTERM and SIGINT to `received` instead of stopping; a second signal stops the process at
-    once."""
+    """Appends SIGTERM and SIGINT to `received` instead of stopping; a second one stops at once."""
     received_at = -math.inf
 
     def handler(number: int, frame):
@@ -438,55 +388,46 @@ def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
     elif args.train_data_dir is not None:
         logger.warning(f"--train_data_dir={args.train_data_dir} is ignored, since --dataset_name is given")
     with explain_errors(flag, source):
-        splits = load_splits(
-            source, args.dataset_config_name, args.cache_dir, local=args.dataset_name is None
-        )
+        is_local = args.dataset_name is None
+        splits = load_splits(source, args.dataset_config_name, args.cache_dir, is_local)
         if not len(splits.get("train", ())):
             raise ValueError(f"there are no rows in a split named train, only {', '.join(splits)}")
         dataset = splits["train"]
-    for flag, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
+    columns = {"--image_column": args.image_column, "--caption_column": args.caption_column}
+    for flag, column in columns.items():
         if column not in dataset.column_names:
-            raise SystemExit(
-                f"{flag}={column}: there is no such column, only {', '.join(dataset.column_names)}"
-            )
+            names = ", ".join(dataset.column_names)
+            raise SystemExit(f"{flag}={column}: there is no such column, only {names}")
     feature = dataset.features[args.image_column]
-    is_encoded = (
-        {"bytes", "path"} <= feature.keys() if isinstance(feature, dict) else "binary" in str(feature)
-    )
-    if not is_encoded and not isinstance(feature, datasets.Image):
+    is_struct = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+    if not is_struct and not isinstance(feature, datasets.Image) and "binary" not in str(feature):
         raise SystemExit(f"--image_column={args.image_column}: the column holds {feature}, not images")
     dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
     dataset = dataset.select_columns([args.image_column, args.caption_column])
     if args.max_train_samples is not None:
         if args.max_train_samples > len(dataset):
-            logger.warning(
-                f"--max_train_samples={args.max_train_samples}: there are only {len(dataset)} rows"
-            )
+            logger.warning(f"--max_train_samples={args.max_train_samples}: there are {len(dataset)} rows")
         num_rows = min(args.max_train_samples, len(dataset))
         dataset = dataset.shuffle(seed=args.seed, keep_in_memory=True).select(range(num_rows))
     return dataset
 
 
-def load_splits(
-    source: str, config_name: str | None, cache_dir: str | None, local: bool
-) -> dict[str, datasets.Dataset]:
-    """Loads all splits of a data set on the Hub or, if `local`, in a folder. Add data layouts here.
+def load_splits(source: str, config_name: str | None, cache_dir: str | None, is_local: bool) -> dict:
+    """Loads all splits of a data set on the Hub or, if `is_local`, in a folder. Add data layouts here.
 
-    A folder with a README.md that is not `local` is a copy of a Hub repo, which the README may configure.
+    Any other folder with a README.md is a copy of a Hub repo, which the README may configure.
     """
     folder = Path(source)
-    if local and not folder.is_dir():
+    if is_local and not folder.is_dir():
         raise ValueError("there is no such folder")
     if (folder / "dataset_dict.json").is_file():
         return datasets.load_from_disk(folder)
     if (folder / "state.json").is_file():
         return {"train": datasets.load_from_disk(folder)}
-    if not folder.is_dir() or (not local and (folder / "README.md").is_file()):
+    if not folder.is_dir() or (not is_local and (folder / "README.md").is_file()):
         return datasets.load_dataset(source, config_name, cache_dir=cache_dir)
     suffixes = {path.suffix.lower() for path in folder.rglob("*")}
-    root = glob.escape(
-        str(folder.resolve())
-    )  # otherwise `datasets` takes [brackets] in the name for a pattern
+    root = glob.escape(str(folder.resolve()))  # `datasets` would take [brackets] in the name for a pattern
     for builder in ("parquet", "arrow"):
         if f".{builder}" in suffixes:
             return datasets.load_dataset(builder, data_dir=root, cache_dir=cache_dir)
@@ -499,9 +440,8 @@ def load_splits(
 
 
 def split_held_out(num_rows: int, held_out: float | None, seed: int) -> tuple[np.ndarray | range, np.ndarray]:
-    """Returns the indices of the rows to train on and of those held out for the validation loss, a number of
-    rows or, below 1, a fraction of them. (`train_test_split` of `datasets` writes into the data set's
-    folder.)"""
+    """The indices of the rows to train on and of those to hold out, a number or, below 1, a fraction of them.
+    (`train_test_split` of `datasets` would write into the data set's folder.)"""
     if held_out is None:
         return range(num_rows), np.arange(0)
     num_held_out = math.ceil(held_out * num_rows) if held_out < 1 else held_out
@@ -521,26 +461,16 @@ def hash_captions(dataset: datasets.Dataset, caption_column: str) -> int:
 
 
 def image_folders(args: argparse.Namespace) -> list[Path]:
-    """The folders that images may be read from: that of the data set, and the caches of data sets from the
-    Hub."""
-    if args.dataset_name is None:
-        folders = [args.train_data_dir]
-    else:
-        folders = [
-            args.dataset_name,
-            args.cache_dir,
-            datasets.config.HF_DATASETS_CACHE,
-            hub.constants.HF_HUB_CACHE,
-        ]
+    """The folders in which a data set's image files may be: its own, and the caches of those from the Hub."""
+    caches = [args.cache_dir, datasets.config.HF_DATASETS_CACHE, hub.constants.HF_HUB_CACHE]
+    folders = [args.train_data_dir] if args.dataset_name is None else [args.dataset_name, *caches]
     return [Path(folder) for folder in folders if folder]
 
 
-def check_inside(path: str, folders: list[Path]):
+def check_inside(path: Path, folders: list[Path]):
     """Raises ValueError if a data set refers to a file outside its folder, such as /etc/passwd."""
-    allowed = [
-        root for folder in folders for root in (folder.absolute(), folder.resolve())
-    ]  # caches may be links
-    if ".." in Path(path).parts or not any(Path(path).absolute().is_relative_to(root) for root in allowed):
+    roots = [root for folder in folders for root in (folder.absolute(), folder.resolve())]  # of links, both
+    if ".." in path.parts or not any(path.absolute().is_relative_to(root) for root in roots):
         raise ValueError(f"the image ({path}) lies outside the data set's folder")
 
 
@@ -553,7 +483,7 @@ def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
     """
     path = (value or {}).get("path")
     if path and not value["bytes"] and "://" not in path:
-        check_inside(path, folders)
+        check_inside(Path(path), folders)
     try:
         image = datasets.Image().decode_example(value)  # applies the EXIF orientation
         if image.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip to white
@@ -575,11 +505,10 @@ def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
 
 
 def make_augmentations(args: argparse.Namespace) -> list[Callable]:
-    """Random transforms of training images, each from a PIL image to one of the same size or larger. Add
-    yours here.
+    """The random transforms of training images, from PIL image to PIL image. Add yours here.
 
-    They are called with the short side at --resolution, and the center is cropped afterwards. They may use
-    torch's, Python's or numpy's default generators, which are seeded for each sample. Held-out rows are not
+    They are called with the short side at --resolution; the center is cropped afterwards. They may use the
+    default generators of torch, Python and numpy, which are seeded for each sample. Held-out rows are not
     augmented, and --cache_latents is rejected if there is any augmentation.
     """
     augmentations = []
@@ -613,16 +542,16 @@ def list_captions(row: dict, args: argparse.Namespace) -> list[str]:
 
 
 def choose_caption(captions: list, caption_dropout: float, empty):
-    """One of a row's captions, at random, or with the probability `caption_dropout` the empty one. Edit here
-    how captions are chosen or changed; with --cache_latents they are embeddings, so change them in
-    `list_captions`."""
+    """One of a row's captions, at random, or with the probability `caption_dropout` the empty one.
+
+    With --cache_latents these are embeddings: change the captions' text in `list_captions`.
+    """
     caption = random.choice(captions)
     return empty if random.random() < caption_dropout else caption
 
 
 def tokenize_captions(captions: list[str], tokenizer: CLIPTokenizerFast) -> dict[str, torch.Tensor]:
-    """CLIP tokens and their mask, (B, 77) int64 and bool, padded and truncated to the text encoder's
-    length."""
+    """CLIP tokens and their mask, (B, 77) int64 and bool, padded and truncated to the model's length."""
     inputs = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     return {"text_input_ids": inputs.input_ids, "text_mask": inputs.attention_mask.bool()}
 
@@ -634,8 +563,7 @@ def preprocess_train(
     image_transforms: transforms.Compose,
     caption_dropout: float,
 ) -> dict[str, torch.Tensor]:
-    """A row of the data set as tensors: pixels (3, side, side) uint8, tokens and mask (77,) of one
-    caption."""
+    """A row as tensors: pixels (3, resolution, resolution) uint8, tokens and mask (77,) of one caption."""
     captions = list_captions(row, args)
     pixels = image_transforms(load_image(row[args.image_column], image_folders(args)))
     tokens = tokenize_captions([choose_caption(captions, caption_dropout, empty="")], tokenizer)
@@ -645,8 +573,7 @@ def preprocess_train(
 def make_preprocess(
     args: argparse.Namespace, tokenizer: CLIPTokenizerFast, empty_embeds: torch.Tensor, train: bool
 ) -> Callable[[dict], dict]:
-    """The function from a row to its tensors. Held-out rows (`train=False`) are not augmented and keep
-    captions."""
+    """The function from a row to its tensors. Held-out rows (`train=False`) have no random changes."""
     caption_dropout = args.caption_dropout if train else 0.0
     if args.cache_latents:
         return functools.partial(
@@ -687,25 +614,21 @@ def seeded_generators(seed: int) -> Iterator[None]:
 @functools.lru_cache(maxsize=2)
 def epoch_permutation(seed: int, epoch: int, num_rows: int) -> torch.Tensor:
     """The order of the rows in an epoch, (num_rows,) int64."""
-    return torch.randperm(
-        num_rows, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
-    )
+    generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
+    return torch.randperm(num_rows, generator=generator)
 
 
 class SampleDataset(Dataset):
     """The endless sequence of samples, epoch after epoch, in which any position can be read directly.
 
     Sample `position` is row `epoch_permutation(...)[position % num_rows]` of epoch `position // num_rows`,
-    and all random numbers used for it follow from (seed, position). So resuming means to start at a later
-    position.
+    and its random numbers follow from (seed, position). So resuming means to start at a later position.
 
     An unreadable row gives {"error": message} or, with `skip_bad_rows`, a random other row in its place. The
     error is a value, since a DataLoader wraps an exception in its worker's traceback.
     """
 
-    def __init__(
-        self, rows: datasets.Dataset, preprocess: Callable[[dict], dict], seed: int, skip_bad_rows: bool
-    ):
+    def __init__(self, rows: datasets.Dataset, preprocess: Callable, seed: int, skip_bad_rows: bool):
         self.rows = rows
         self.preprocess = preprocess
         self.seed = seed
@@ -719,14 +642,13 @@ class SampleDataset(Dataset):
             for _ in range(MAX_BAD_ROWS):
                 try:
                     return {"row": row, "bad_rows": bad_rows} | self.preprocess(self.rows[row])
-                except Exception as error:  # decoders raise all kinds of errors
+                except ValueError as error:  # from `load_image` or `list_captions`
                     bad_rows[row] = f"row {row} of the {len(self.rows)} used: {error}"
                 if not self.skip_bad_rows:
                     return {"error": f"{bad_rows[row]}; fix it, or skip such rows with --skip_bad_rows"}
                 row = random.randrange(len(self.rows))
-        return {
-            "error": f"{MAX_BAD_ROWS} rows in succession cannot be read; the last: {bad_rows.popitem()[1]}"
-        }
+        last_error = bad_rows.popitem()[1]
+        return {"error": f"{MAX_BAD_ROWS} rows in succession cannot be read; the last: {last_error}"}
 
 
 @dataclass(frozen=True)
@@ -746,9 +668,11 @@ class SamplePlan:
 
     def train_batches(self, rank: int, first_step: int, last_step: int) -> Iterator[range]:
         """The positions of each of a rank's micro-batches in the steps [first_step, last_step)."""
-        first = first_step * self.samples_per_step + rank * self.train_batch_size
-        starts = range(first, last_step * self.samples_per_step, self.num_processes * self.train_batch_size)
-        return (range(start, start + self.train_batch_size) for start in starts)
+        size, stride = self.train_batch_size, self.num_processes * self.train_batch_size
+        first = first_step * self.samples_per_step + rank * size
+        return (
+            range(start, start + size) for start in range(first, last_step * self.samples_per_step, stride)
+        )
 
     def held_out_batches(self, rank: int, num_rows: int) -> list[range]:
         """A rank's share of the held-out rows, in batches of which the last may be shorter."""
@@ -816,9 +740,8 @@ def iterate_batches(
             raise SystemExit(batch["error"])
         for row in batch["bad_rows"].keys() - skipped_rows:
             skipped_rows.add(row)
-            logger.warning(
-                f"Skipped {batch['bad_rows'][row]} ({len(skipped_rows)} so far)", main_process_only=False
-            )
+            message = f"Skipped {batch['bad_rows'][row]} ({len(skipped_rows)} so far)"
+            logger.warning(message, main_process_only=False)
         yield send_to_device(batch, device, non_blocking=True)
 
 
@@ -832,10 +755,10 @@ def explain_worker_errors(num_workers: int) -> Iterator[None]:
         message = str(error)
         if "DataLoader worker (pid" not in message and "shared memory" not in message:
             raise
-        reason = message.strip().splitlines()[-1].removeprefix("RuntimeError: ")
+        reason = message.strip().splitlines()[-1].removeprefix("RuntimeError: ").rstrip(".")
         raise SystemExit(
-            f"--dataloader_num_workers={num_workers}: {reason} Batches are passed in /dev/shm, and each worker "
-            "needs main memory: use fewer workers or a smaller --train_batch_size, or provide more of both "
+            f"--dataloader_num_workers={num_workers}: {reason}. Batches are passed in /dev/shm, and each "
+            "worker needs memory: use fewer workers or a smaller --train_batch_size, or provide more of both "
             "(docker run --shm-size=1g)"
         ) from None
 
@@ -851,9 +774,8 @@ def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
 def load_text_encoder(args: argparse.Namespace, dtype: torch.dtype) -> CLIPTextModel:
     """The prior's text encoder: CLIP ViT-bigG's text model in the published one."""
     source = args.pretrained_prior_model_name_or_path
-    return CLIPTextModel.from_pretrained(
-        source, subfolder="text_encoder", dtype=dtype, cache_dir=args.cache_dir
-    )
+    location = {"subfolder": "text_encoder", "cache_dir": args.cache_dir}
+    return CLIPTextModel.from_pretrained(source, **location, dtype=dtype)
 
 
 def load_encoders(
@@ -883,16 +805,15 @@ def load_prior(
         prior = wuerstchen.WuerstchenPrior.from_pretrained(
             checkpoint or source, subfolder="prior", torch_dtype=torch.float32, cache_dir=args.cache_dir
         )
-        width, channels = text_encoder.config.hidden_size, image_encoder.config.c_latent
+        width = text_encoder.config.hidden_size
         if width != prior.config.c_cond:
-            raise ValueError(
-                f"its text encoder has {width} features, but its prior c_cond={prior.config.c_cond}"
-            )
-    if channels != prior.config.c_in:
-        raise SystemExit(
-            f"--pretrained_image_encoder_name_or_path={args.pretrained_image_encoder_name_or_path}: "
-            f"it has c_latent={channels} channels, but the prior c_in={prior.config.c_in}"
-        )
+            raise ValueError(f"its text encoder has {width} features, its prior c_cond={prior.config.c_cond}")
+    with explain_errors(
+        "--pretrained_image_encoder_name_or_path", args.pretrained_image_encoder_name_or_path
+    ):
+        channels = image_encoder.config.c_latent
+        if channels != prior.config.c_in:
+            raise ValueError(f"it has c_latent={channels} channels, but the prior c_in={prior.config.c_in}")
     prior.set_attn_processor(AttnProcessor2_0())  # the same attention, by PyTorch's memory-efficient kernel
     if args.gradient_checkpointing:
         prior.enable_gradient_checkpointing()
@@ -902,20 +823,16 @@ def load_prior(
 def load_ema(
     args: argparse.Namespace, prior: wuerstchen.WuerstchenPrior, checkpoint: Path | None, device: torch.device
 ) -> EMAModel | None:
-    """The average of the prior's weights (decay 0.9999 with a ramp-up), new or from the checkpoint. Every
-    rank has it, so that no rank has to wait for another's to validate."""
+    """The average of the prior's weights (decay 0.9999, ramp-up) on every rank, new or the checkpoint's."""
     if not args.use_ema:
         return None
     if checkpoint is None:
-        ema_prior = EMAModel(
-            prior.parameters(), model_cls=type(prior), model_config=prior.config, foreach=True
-        )
+        model = {"model_cls": type(prior), "model_config": prior.config}
+        ema_prior = EMAModel(prior.parameters(), foreach=True, **model)
     elif (checkpoint / "prior_ema").is_dir():
         ema_prior = EMAModel.from_pretrained(checkpoint / "prior_ema", type(prior), foreach=True)
     else:
-        raise SystemExit(
-            f"--use_ema: {checkpoint} has no prior_ema/ to resume, since its run did not use --use_ema"
-        )
+        raise SystemExit(f"--use_ema: {checkpoint} has no prior_ema/, since its run did not use --use_ema")
     ema_prior.to(device)
     return ema_prior
 
@@ -935,24 +852,20 @@ def ema_weights(prior: wuerstchen.WuerstchenPrior, ema_prior: EMAModel | None) -
 
 
 def load_noise_scheduler(device: torch.device) -> DDPMWuerstchenScheduler:
-    """The cosine schedule, with its constants on the device. It would copy them there at every use, which
-    waits."""
+    """The cosine schedule, with its constants on the device, which avoids a host sync per call."""
     noise_scheduler = DDPMWuerstchenScheduler()
     noise_scheduler.s = noise_scheduler.s.to(device)
     noise_scheduler._init_alpha_cumprod = noise_scheduler._init_alpha_cumprod.to(device)
     return noise_scheduler
 
 
-def make_optimizer(
-    prior: torch.nn.Module, args: argparse.Namespace, device: torch.device
-) -> torch.optim.Optimizer:
+def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace, device: torch.device):
     """AdamW over the prior's trainable parameters, fused where the device supports it."""
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_cls
     else:
-        optimizer_cls = functools.partial(
-            torch.optim.AdamW, fused=device.type in ("cuda", "cpu", "mps", "xpu")
-        )
+        fused = device.type in ("cuda", "cpu", "mps", "xpu")
+        optimizer_cls = functools.partial(torch.optim.AdamW, fused=fused)
     return optimizer_cls(
         [parameter for parameter in prior.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
@@ -1008,8 +921,8 @@ def check_finite(
 
 # -------------------------------------------------------------------------------------------------- diffusion
 def normalize_pixels(pixels: torch.Tensor) -> torch.Tensor:
-    """Scales (B, 3, H, W) uint8 RGB to ImageNet's mean 0 and deviation 1, float32. By scalars, since tensors
-    of three numbers would be copied to the device at each call, which waits."""
+    """Normalizes (B, 3, H, W) uint8 RGB by ImageNet's mean and deviation, to float32. With scalars, since
+    torchvision's function copies tensors of three numbers to the device, a host sync per call."""
     channels = zip(pixels.unbind(dim=1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
     return torch.stack([(channel.float() / 255 - mean) / std for channel, mean, std in channels], dim=1)
 
@@ -1021,17 +934,14 @@ def embed_captions(tokens: dict[str, torch.Tensor], text_encoder: CLIPTextModel)
 
 
 @torch.no_grad()
-def embed_prompts(
-    prompts: list[str], tokenizer: CLIPTokenizerFast, text_encoder: CLIPTextModel
-) -> list[torch.Tensor]:
+def embed_prompts(prompts: list[str], tokenizer: CLIPTokenizerFast, text_encoder: CLIPTextModel) -> list:
     """The embedding of each prompt by itself, (1, 77, width)."""
     return [embed_captions(tokenize_captions([prompt], tokenizer), text_encoder) for prompt in prompts]
 
 
 @torch.no_grad()
 def encode_batch(batch: dict, text_encoder, image_encoder) -> tuple[torch.Tensor, torch.Tensor]:
-    """The image encoder's latents, (B, 16, side / 32, side / 32), and the captions' embeddings, (B, 77,
-    width)."""
+    """The latents of the images, (B, 16, side, side), and the embeddings of the captions, (B, 77, width)."""
     if "latents" in batch:  # --cache_latents
         return batch["latents"], batch["prompt_embeds"]
     pixels = normalize_pixels(batch["effnet_pixel_values"].to(image_encoder.device))
@@ -1040,9 +950,10 @@ def encode_batch(batch: dict, text_encoder, image_encoder) -> tuple[torch.Tensor
 
 
 def sample_timesteps(batch_size: int, sampling: str, device: torch.device) -> torch.Tensor:
-    """Timesteps, (B,) float32: uniform in [0, 1), or "stretched" as in train_stage_C.py of
-    dome272/Wuerstchen: (1 - u) * 1.08 + 0.001, clamped to [0.001, 1], so that 7.5 % are 1, where generation
-    starts."""
+    """Timesteps, (B,) float32: uniform in [0, 1), or "stretched", (1 - u) * 1.08 + 0.001 in [0.001, 1].
+
+    With the latter, from train_stage_C.py of dome272/Wuerstchen, 7.5 % are 1, where generation starts.
+    """
     u = torch.rand(batch_size, device=device)
     return u if sampling == "uniform" else ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
 
@@ -1058,8 +969,8 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """The per-sample MSE between predicted and added noise, (B,) float32, for training and held-out rows.
 
-    "p2" weights it by 1 / (1 + SNR) = 1 - alpha_bar(t), which is P2 weighting (arXiv:2204.00227) with k =
-    gamma = 1, as in Würstchen's original training.
+    "p2" weights it by 1 / (1 + SNR) = 1 - alpha_bar(t): P2 weighting (arXiv:2204.00227) with k = gamma = 1,
+    as in Würstchen's original training.
     """
     image_embeds = (latents.float() + LATENT_STD) / LATENT_MEAN
     noisy_latents = noise_scheduler.add_noise(image_embeds, noise, timesteps)
@@ -1097,9 +1008,8 @@ def is_validation_due(global_step: int, args: argparse.Namespace, plan: SamplePl
 def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.WuerstchenDecoderPipeline:
     """The pipeline that decodes the prior's latents to images."""
     source = args.pretrained_decoder_model_name_or_path
-    return wuerstchen.WuerstchenDecoderPipeline.from_pretrained(
-        source, torch_dtype=dtype, cache_dir=args.cache_dir
-    )
+    location = {"cache_dir": args.cache_dir}
+    return wuerstchen.WuerstchenDecoderPipeline.from_pretrained(source, **location, torch_dtype=dtype)
 
 
 def decoder_image_size(decoder_pipeline: wuerstchen.WuerstchenDecoderPipeline, resolution: int) -> int:
@@ -1118,9 +1028,8 @@ def decoder_image_size(decoder_pipeline: wuerstchen.WuerstchenDecoderPipeline, r
 
 @dataclass
 class Validator:
-    """Generates images for the validation prompts and computes the held-out loss: without dropout, with the
-    averaged weights if there are any, with the same noise every time. It uses no random numbers of the
-    training."""
+    """Generates images for the validation prompts and computes the held-out loss: without dropout, with
+    averaged weights if there are any, and with the same noise every time, apart from the training's."""
 
     accelerator: Accelerator
     args: argparse.Namespace
@@ -1163,9 +1072,8 @@ class Validator:
 
     @torch.no_grad()
     def generate_images(self, global_step: int) -> list[Image.Image]:
-        """One image for each prompt, shared out among the ranks; none if one fails, which must not end a
-        run."""
-        device = self.accelerator.device
+        """One image for each prompt, shared out among the ranks; none, and a warning, if one fails."""
+        device, is_main_process = self.accelerator.device, self.accelerator.is_main_process
         prompts = list(zip(self.args.validation_prompts, self.prompt_embeds, strict=True))
         images, errors = [], []
         try:  # nothing in here may wait for other ranks
@@ -1173,18 +1081,12 @@ class Validator:
                 self.decoder = load_decoder(self.args, self.empty_embeds.dtype)
                 self.decoder.set_progress_bar_config(disable=True)
             self.decoder.to(device)
-            with (
-                self.accelerator.split_between_processes(prompts) as own_prompts,
-                self.accelerator.autocast(),
-            ):
-                progress = tqdm(
-                    own_prompts, "Images", leave=False, disable=not self.accelerator.is_main_process
-                )
+            with self.accelerator.split_between_processes(prompts) as own_prompts:
+                progress = tqdm(own_prompts, "Images", leave=False, disable=not is_main_process)
                 images = [self.generate_image(prompt, embeds) for prompt, embeds in progress]
         except Exception as error:
-            advice = (
-                " (a smaller --train_batch_size leaves more memory)" if "out of memory" in str(error) else ""
-            )
+            is_memory_error = "out of memory" in str(error)
+            advice = " (a smaller --train_batch_size leaves more memory)" if is_memory_error else ""
             errors.append(f"{type(error).__name__}: {error}{advice}")
         if self.decoder is not None and device.type != "cpu":
             self.decoder.to("cpu")
@@ -1197,33 +1099,32 @@ class Validator:
 
     def generate_image(self, prompt: str, prompt_embeds: torch.Tensor) -> Image.Image:
         """Generates an image as the published pipelines do, from the same noise every time."""
-        # The pipeline takes its dtype from the text encoder. The prior stands in for it: in half precision it
-        # would get other timesteps than it was trained with, and the text encoder itself may have been freed.
+        # The pipeline takes its dtype from the text encoder, for which the prior stands in: in half precision
+        # the timesteps would be others than in training, and the text encoder may have been freed.
         pipeline = wuerstchen.WuerstchenPriorPipeline(None, self.prior, self.prior, self.noise_scheduler)
         pipeline.set_progress_bar_config(disable=True)
         size = decoder_image_size(self.decoder, self.args.resolution)
         generator = torch.Generator().manual_seed(self.args.seed)
-        latents = pipeline(
-            height=size,
-            width=size,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=self.empty_embeds,
-            timesteps=wuerstchen.DEFAULT_STAGE_C_TIMESTEPS,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=generator,
-        ).image_embeddings
-        return self.decoder(latents, prompt, guidance_scale=0.0, generator=generator).images[0]
+        with self.accelerator.autocast():
+            latents = pipeline(
+                height=size,
+                width=size,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=self.empty_embeds,
+                timesteps=wuerstchen.DEFAULT_STAGE_C_TIMESTEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=generator,
+            ).image_embeddings
+            return self.decoder(latents, prompt, guidance_scale=0.0, generator=generator).images[0]
 
     @torch.no_grad()
     def compute_held_out_loss(self) -> dict[str, float]:
-        """The mean loss over the held-out rows, in total and for each band of timesteps. A row's noise
-        follows from its number, and the rows' timesteps divide [0, 1) evenly."""
-        device = self.accelerator.device
-        num_rows = len(self.held_out_dataloader.dataset.rows)
+        """The mean loss of the held-out rows, in total and for each band of timesteps. A row's noise follows
+        from its number, and the rows' timesteps divide [0, 1) evenly."""
+        device, is_main_process = self.accelerator.device, self.accelerator.is_main_process
+        num_rows, num_batches = len(self.held_out_dataloader.dataset.rows), len(self.held_out_dataloader)
         sums = torch.zeros(2, NUM_LOSS_BANDS, device=device)  # of losses and of samples
-        is_main_process = self.accelerator.is_main_process
         batches = iterate_batches(self.held_out_dataloader, device, self.skipped_rows, self.signals)
-        num_batches = len(self.held_out_dataloader)
         for batch in tqdm(batches, "Held-out loss", num_batches, leave=False, disable=not is_main_process):
             latents, prompt_embeds = self.encode(batch)
             noise = []
@@ -1232,16 +1133,9 @@ class Validator:
                 noise.append(torch.randn(latents.shape[1:], generator=generator))
             noise = torch.stack(noise).to(device)
             timesteps = (torch.tensor(batch["rows"], device=device) + 0.5) / num_rows
+            inputs = (self.prior, self.noise_scheduler, latents, prompt_embeds, noise, timesteps)
             with self.accelerator.autocast():
-                losses = diffusion_loss(
-                    self.prior,
-                    self.noise_scheduler,
-                    latents,
-                    prompt_embeds,
-                    noise,
-                    timesteps,
-                    self.args.loss_weighting,
-                )
+                losses = diffusion_loss(*inputs, self.args.loss_weighting)
             bands = (timesteps * NUM_LOSS_BANDS).long()
             sums.index_add_(1, bands, torch.stack([losses, torch.ones_like(losses)]))
         losses, counts = self.accelerator.reduce(sums, "sum").tolist()
@@ -1274,8 +1168,7 @@ class TrainState:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether all files listed in the checkpoint's state file are there, with their sizes. So a checkpoint
-    that was copied only in part is not used."""
+    """Whether all files that the checkpoint lists exist with their sizes, as not in a partial copy."""
     try:
         sizes = json.loads((checkpoint / STATE_FILE).read_text())["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
@@ -1298,9 +1191,7 @@ def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
         for path in (Path(resume_from), output_dir / resume_from):
             if is_complete(path):
                 return path.resolve()
-        raise SystemExit(
-            f"--resume_from_checkpoint={resume_from}: there is no complete checkpoint at that path"
-        )
+        raise SystemExit(f"--resume_from_checkpoint={resume_from}: there is no complete checkpoint there")
     checkpoints = list_checkpoints(output_dir)
     for path in sorted(set(output_dir.resolve().glob("checkpoint*")) - set(checkpoints)):
         logger.warning(f"Ignored {path}: it is not a complete checkpoint")
@@ -1332,15 +1223,12 @@ def load_train_state(checkpoint: Path | None, stale_checkpoints: list[Path], out
         saved = {OLD_FIELD_NAMES.get(name, name): value for name, value in saved.items()}
         state.global_step = saved["global_step"]
         state.plan = {OLD_FIELD_NAMES.get(name, name): value for name, value in saved["plan"].items()}
+        # wandb ignores steps that a run has had already, so a branch is a new run.
         is_branch = stale_checkpoints or checkpoint.parent != output_dir.resolve()
-        if (
-            "wandb_run_id" in saved and not is_branch
-        ):  # wandb ignores steps that a run has had, so a branch is new
-            state.wandb_run_id = saved["wandb_run_id"]
+        if not is_branch:
+            state.wandb_run_id = saved.get("wandb_run_id", state.wandb_run_id)
     if broadcast_object_list([state.global_step])[0] != state.global_step:
-        raise SystemExit(
-            f"--output_dir={output_dir}: not all nodes see the same checkpoints there; share the folder"
-        )
+        raise SystemExit(f"--output_dir={output_dir}: the nodes see different checkpoints; share the folder")
     return state
 
 
@@ -1349,7 +1237,8 @@ def check_same_plan(plan: SamplePlan, state: TrainState, checkpoint: Path | None
     for name, value in asdict(plan).items():
         if state.plan is not None and state.plan[name] != value:
             raise SystemExit(
-                f"{checkpoint} cannot be resumed exactly: its run had {name}={state.plan[name]}, this one {value}"
+                f"{checkpoint} cannot be resumed exactly: its run had {name}={state.plan[name]}, "
+                f"this one {value}"
             )
 
 
@@ -1371,9 +1260,10 @@ def register_checkpoint_hooks(accelerator: Accelerator, ema_prior: EMAModel | No
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainState, limit: int | None):
-    """Writes checkpoint-N under a temporary name, flushes it, renames it, and only then deletes those over
-    the limit. If that fails, say on a full disk, the older checkpoints remain and the run continues without
-    this one."""
+    """Writes checkpoint-N under a temporary name, flushes and renames it, then deletes those over the limit.
+
+    If that fails, say on a full disk, the older checkpoints remain and the run continues without this one.
+    """
     checkpoint = output_dir / f"checkpoint-{state.global_step}"
     partial = output_dir / f".{checkpoint.name}"
     error_text = ""
@@ -1387,12 +1277,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainStat
     try:
         if errors:
             raise OSError(errors[0])
-        files = {
-            str(path.relative_to(partial)): path.stat().st_size
-            for path in partial.rglob("*")
-            if path.is_file()
-        }
-        (partial / STATE_FILE).write_text(json.dumps(asdict(state) | {"files": files}, indent=2))
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
+        (partial / STATE_FILE).write_text(json.dumps(asdict(state) | {"files": sizes}, indent=2))
         for path in [*partial.rglob("*"), partial]:
             flush_to_disk(path)
         shutil.rmtree(checkpoint, ignore_errors=True)  # an incomplete one
@@ -1410,8 +1297,13 @@ def flush_to_disk(path: Path):
     """Returns when a file's or folder's content would survive a power failure."""
     if os.name == "posix":  # elsewhere folders cannot be opened
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # some network file systems cannot flush folders
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def delete_checkpoints(checkpoints: list[Path], output_dir: Path):
@@ -1455,9 +1347,8 @@ def sample_file(output_dir: Path, global_step: int, prompt_index: int) -> Path:
 
 def list_sample_steps(output_dir: Path) -> list[int]:
     """The steps for which there are images in samples/."""
-    return sorted(
-        {int(file.name.split("-")[1]) for file in (output_dir / "samples").glob("step-*-prompt-*.png")}
-    )
+    files = (output_dir / "samples").glob("step-*-prompt-*.png")
+    return sorted({int(file.name.split("-")[1]) for file in files})
 
 
 def truncate_logs(output_dir: Path, global_step: int):
@@ -1477,27 +1368,25 @@ def truncate_logs(output_dir: Path, global_step: int):
 def log_images(
     accelerator: Accelerator, args: argparse.Namespace, images: list[Image.Image], global_step: int
 ):
-    """Logs images and their prompts to each tracker and to samples/. Add trackers here; Accelerate's own
-    `log_images` is for those that it knows, but it has no captions."""
+    """Logs images and their prompts to each tracker, and to samples/. Add trackers here: Accelerate's own
+    `log_images` has no captions."""
     if not images:
         return
     captioned = list(zip(args.validation_prompts, images, strict=True))
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             for index, (prompt, image) in enumerate(captioned):
-                tracker.log_images(
-                    {f"validation/{index}": np.asarray(image)[None]}, global_step, dataformats="NHWC"
-                )
-                tracker.log({f"validation/{index}": prompt}, global_step)
-        elif tracker.name in ("wandb", "trackio"):
-            image_type = importlib.import_module(tracker.name).Image
-            logged = [image_type(image, caption=prompt) for prompt, image in captioned]
-            if tracker.name == "wandb":
-                tracker.log({"validation": logged}, step=global_step)
-            else:  # trackio ignores lists of images
-                tracker.log(
-                    {f"validation/{index}": image for index, image in enumerate(logged)}, step=global_step
-                )
+                name, pixels = f"validation/{index}", np.asarray(image)[None]
+                tracker.log_images({name: pixels}, step=global_step, dataformats="NHWC")
+                tracker.log({name: prompt}, step=global_step)
+        elif tracker.name == "wandb":
+            wandb = importlib.import_module("wandb")
+            logged = [wandb.Image(image, caption=prompt) for prompt, image in captioned]
+            tracker.log({"validation": logged}, step=global_step)
+        elif tracker.name == "trackio":
+            trackio = importlib.import_module("trackio")
+            for index, (prompt, image) in enumerate(captioned):  # it ignores lists of images
+                tracker.log({f"validation/{index}": trackio.Image(image, caption=prompt)}, step=global_step)
         elif tracker.name == "comet_ml":
             for prompt, image in captioned:
                 tracker.tracker.log_image(image, name=prompt, step=global_step)
@@ -1517,33 +1406,23 @@ def log_images(
         save_contact_sheet(output_dir, args.validation_prompts)
 
 
-def save_contact_sheet(output_dir: Path, prompts: list[str], max_columns: int = 12):
+def save_contact_sheet(output_dir: Path, prompts: list[str], max_columns: int = 12, cell: int = 192):
     """Writes samples/contact-sheet.png: prompts down, steps across, the first and the last among them."""
     steps = list_sample_steps(output_dir)
     columns = np.linspace(0, len(steps) - 1, min(len(steps), max_columns)).round().astype(int)
-    figure = Figure(figsize=(2 * (len(columns) + 1), 2 * len(prompts) + 0.4), dpi=96)
-    grid = figure.add_gridspec(
-        len(prompts),
-        len(columns) + 1,
-        left=0.0,
-        right=1.0,
-        bottom=0.0,
-        top=1 - 0.4 / (2 * len(prompts) + 0.4),
-        wspace=0.02,
-        hspace=0.02,
-    )
-    for row, prompt in enumerate(prompts):
-        label = figure.add_subplot(grid[row, 0])
-        label.set_axis_off()
-        label.text(0.05, 0.5, textwrap.fill(prompt, 24), va="center", parse_math=False)
-        for column, step in enumerate(steps[index] for index in columns):
-            axes = figure.add_subplot(grid[row, column + 1])
-            axes.set_axis_off()
-            if row == 0:
-                axes.set_title(f"step {step}")
-            file = sample_file(output_dir, step, row)
-            if file.exists():
-                axes.imshow(Image.open(file))
+    steps = [steps[column] for column in columns]
+    files = [sample_file(output_dir, step, row) for row in range(len(prompts)) for step in steps]
+    blank = Image.new("RGB", (cell, cell), "white")
+    images = [Image.open(file).resize((cell, cell)) if file.exists() else blank for file in files]
+    sheet = make_image_grid(images, rows=len(prompts), cols=len(steps))
+    figure = Figure(figsize=(sheet.width / 74, sheet.height / 74), dpi=96)  # the axes take 77 % of it
+    axes = figure.subplots()
+    axes.imshow(sheet)
+    axes.set_xticks(cell * (np.arange(len(steps)) + 0.5), labels=[f"step {step}" for step in steps])
+    labels = [textwrap.fill(prompt, 24) for prompt in prompts]
+    axes.set_yticks(cell * (np.arange(len(prompts)) + 0.5), labels=labels, parse_math=False)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
     save_figure(figure, output_dir / "samples" / "contact-sheet.png")
 
 
@@ -1555,11 +1434,9 @@ def save_loss_curve(output_dir: Path):
         held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
         mean, means = 0.0, []
         for count, (_, loss) in enumerate(train, 1):
-            mean += (loss - mean) * max(
-                1 / count, 0.02
-            )  # over all steps at first, and then over the last 50 or so
+            mean += (loss - mean) * max(1 / count, 0.02)  # of all steps, and then of the last 50 or so
             means.append(mean)
-        figure = Figure(figsize=(10, 5), dpi=100, layout="constrained")
+        figure = Figure(figsize=(10, 5), dpi=100)
         axes = figure.subplots()
         axes.set(xlabel="step", ylabel="loss")
         if train:
@@ -1569,24 +1446,22 @@ def save_loss_curve(output_dir: Path):
         if held_out:
             axes.plot(*zip(*held_out, strict=True), color="tab:red", marker="o", label="held-out loss")
         if train or held_out:
-            axes.set_ylim(
-                0, 1.2 * max([*means, *(loss for _, loss in held_out)])
-            )  # single steps may be off the scale
+            top = 1.2 * max([*means, *(loss for _, loss in held_out)])
+            axes.set_ylim(0, top)  # the training loss of single steps may be larger
             axes.legend()
         save_figure(figure, output_dir / "loss.png")
 
 
 def save_figure(figure: Figure, file: Path):
-    """Writes a figure, without warnings about the letters that matplotlib's font does not have."""
+    """Writes a figure, without warnings about characters that matplotlib's font does not have."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(file)
+        figure.savefig(file, bbox_inches="tight")
 
 
 # ------------------------------------------------------------------------------------------------- publishing
 def save_components(components: dict, folder: Path):
-    """Saves a pipeline's components under their names; for a tokenizer also the files that transformers 4
-    reads."""
+    """Saves a pipeline's components; of a tokenizer also the files that transformers 4 reads."""
     for name, component in components.items():
         shutil.rmtree(folder / name, ignore_errors=True)
         if isinstance(component, diffusers.ModelMixin):
@@ -1666,7 +1541,8 @@ if not hasattr(diffusers.pipelines, "wuerstchen"):  # from 0.38 on
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 pipeline = diffusers.AutoPipelineForText2Image.from_pretrained("{{ repo_id }}", torch_dtype=dtype).to(device)
 prompt = {{ prompt }}
-image = pipeline(prompt, width={{ size }}, height={{ size }}, prior_guidance_scale={{ guidance_scale }}).images[0]
+size, guidance_scale = {{ size }}, {{ guidance_scale }}
+image = pipeline(prompt, width=size, height=size, prior_guidance_scale=guidance_scale).images[0]
 image.save("image.png")
 ```
 
@@ -1674,8 +1550,9 @@ The weights are float32. The prior alone, with its text encoder, is the pipeline
 
 ## How it was trained
 
-For {{ global_step }} steps of {{ plan.samples_per_step }} samples, {{ epochs }} epochs of {{ plan.num_rows }} rows,
-in {{ hours }} hours on {{ plan.num_processes }} x {{ device }}, with seed {{ plan.seed }} and `{{ settings }}`.
+For {{ global_step }} steps of {{ plan.samples_per_step }} samples, {{ epochs }} epochs of
+{{ plan.num_rows }} rows, in {{ hours }} hours on {{ plan.num_processes }} x {{ device }}, with seed
+{{ plan.seed }} and `{{ settings }}`.
 
 ![training loss](loss.png)
 """
@@ -1684,8 +1561,7 @@ in {{ hours }} hours on {{ plan.num_processes }} x {{ device }}, with seed {{ pl
 def save_model_card(
     args: argparse.Namespace, image_size: int | None, global_step: int, plan: SamplePlan, device: torch.device
 ):
-    """Writes README.md: what was trained on what, for how long and how, images, and code that generates
-    more."""
+    """Writes README.md: what was trained on what, for how long and how, images, and code to generate more."""
     output_dir = Path(args.output_dir)
     prompts = args.validation_prompts or []
     base_model, dataset = args.pretrained_prior_model_name_or_path, args.dataset_name
@@ -1693,15 +1569,13 @@ def save_model_card(
     dataset_is_local = dataset is None or Path(dataset).exists()
     license_name = None
     with contextlib.suppress(Exception):  # there may be no card, or no connection to the Hub
-        license_name = hub.ModelCard.load(
-            Path(base_model, "README.md") if base_is_local else base_model
-        ).data.license
+        base_card = hub.ModelCard.load(Path(base_model, "README.md") if base_is_local else base_model)
+        license_name = base_card.data.license
     files = [sample_file(output_dir, global_step, index) for index in range(len(prompts))]
     files = [file for file in files if file.exists()]
     if files:
-        make_image_grid([Image.open(file) for file in files], rows=1, cols=len(files)).save(
-            output_dir / "grid.png"
-        )
+        grid = make_image_grid([Image.open(file) for file in files], rows=1, cols=len(files))
+        grid.save(output_dir / "grid.png")
     captioned = zip(prompts, files, strict=False)
     widget = [{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in captioned]
     card_data = hub.ModelCardData(
@@ -1753,11 +1627,9 @@ def push_to_hub(repo_id: str, output_dir: Path, global_step: int, token: str | N
     patterns += [f"{folder}/*" for folder in folders]
     for delay in (*PUSH_RETRY_DELAYS, None):
         try:
-            # The weights of the prior first, so that those in prior_pipeline/, the same files, are not sent
-            # again.
-            weights = [
-                hub.CommitOperationAdd(file.name, file) for file in output_dir.glob("prior_*/*/*.safetensors")
-            ]
+            # The prior's weights first: then their second copy is recognized and not sent again.
+            files = output_dir.glob("prior_*/*/*.safetensors")
+            weights = [hub.CommitOperationAdd(file.name, file) for file in files]
             hub.preupload_lfs_files(repo_id, weights, token=token)
             hub.upload_folder(
                 repo_id=repo_id,
@@ -1775,9 +1647,7 @@ def push_to_hub(repo_id: str, output_dir: Path, global_step: int, token: str | N
                     f"--push_to_hub: {error}\nThe result is complete in {output_dir}; to push it later: "
                     f"{upload_command(repo_id, output_dir, patterns)}"
                 ) from None
-            logger.warning(
-                f"The upload failed ({type(error).__name__}); it is tried again in {delay} seconds"
-            )
+            logger.warning(f"The upload failed ({type(error).__name__}); next attempt in {delay} seconds")
             time.sleep(delay)
 
 
@@ -1816,27 +1686,13 @@ def cache_key(
     dataset: datasets.Dataset, args: argparse.Namespace, tokenizer, text_encoder, image_encoder
 ) -> str:
     """A hash of all that the cache depends on: rows, columns, resolution, dtype, tokenizer, the encoders'
-    weights, and the source of the functions below. After an edit of other code, delete the cache or set
-    another --cache_dir."""
-    functions = (
-        load_image,
-        make_image_transforms,
-        normalize_pixels,
-        list_captions,
-        tokenize_captions,
-        embed_captions,
-        encode_batch,
-    )
-    return Hasher.hash(
-        (
-            dataset._fingerprint,
-            (args.image_column, args.caption_column, args.resolution, str(text_encoder.dtype)),
-            tokenizer.backend_tokenizer.to_str(),
-            hash_model(text_encoder),
-            hash_model(image_encoder),
-            [inspect.getsource(function) for function in functions],
-        )
-    )
+    weights, and the source of the functions below. After an edit of other code, set another --cache_dir."""
+    reading = (load_image, make_image_transforms, normalize_pixels, list_captions)
+    encoding = (tokenize_captions, embed_captions, encode_batch)
+    sources = [inspect.getsource(function) for function in (*reading, *encoding)]
+    settings = (args.image_column, args.caption_column, args.resolution, str(text_encoder.dtype))
+    models = (tokenizer.backend_tokenizer.to_str(), hash_model(text_encoder), hash_model(image_encoder))
+    return Hasher.hash((dataset._fingerprint, settings, models, sources))
 
 
 class RowDataset(Dataset):
@@ -1856,8 +1712,8 @@ class RowDataset(Dataset):
             captions = list_captions(row, self.args)
             pixels = self.image_transforms(load_image(row[self.args.image_column], image_folders(self.args)))
             return {"pixels": pixels, "captions": captions, "error": ""}
-        except Exception as error:  # decoders raise all kinds of errors
-            return {"captions": [], "error": str(error) or type(error).__name__}
+        except ValueError as error:  # from `load_image` or `list_captions`
+            return {"captions": [], "error": str(error)}
 
 
 def collate_rows(rows: list[dict]) -> dict:
@@ -1871,31 +1727,28 @@ def collate_rows(rows: list[dict]) -> dict:
 
 
 def encode_rows(
-    dataloader, first_row: int, args, tokenizer, text_encoder, image_encoder, progress
+    dataloader: DataLoader, first_row: int, args, tokenizer, text_encoder, image_encoder, progress: tqdm
 ) -> Iterator[dict]:
-    """Yields what the encoders return for each row, `first_row` onwards, and for each of its captions, as
-    bytes."""
+    """Yields what the encoders return for each row, from `first_row` on, and for its captions, as bytes."""
     row = first_row
-    for batch in dataloader:
-        latents, prompt_embeds = iter(()), iter(())
-        if batch["pixels"] is not None:
-            tokens = tokenize_captions(
-                [caption for captions in batch["captions"] for caption in captions], tokenizer
-            )
-            encoded = encode_batch(
-                {"effnet_pixel_values": batch["pixels"]} | tokens, text_encoder, image_encoder
-            )
-            latents, prompt_embeds = iter(encoded[0].cpu()), iter(encoded[1].cpu())
-        for captions, error in zip(batch["captions"], batch["errors"], strict=True):
-            if error and not args.skip_bad_rows:
-                raise SystemExit(f"row {row}: {error}; fix it, or skip such rows with --skip_bad_rows")
-            yield {
-                "latents": b"" if error else tensor_to_bytes(next(latents)),
-                "prompt_embeds": [tensor_to_bytes(next(prompt_embeds)) for _ in captions],
-                "error": error,
-            }
-            row += 1
-        progress.update(len(batch["errors"]))
+    with explain_worker_errors(args.dataloader_num_workers):
+        for batch in dataloader:
+            latents, prompt_embeds = iter(()), iter(())
+            if batch["pixels"] is not None:
+                captions = [caption for captions in batch["captions"] for caption in captions]
+                inputs = {"effnet_pixel_values": batch["pixels"]} | tokenize_captions(captions, tokenizer)
+                encoded = encode_batch(inputs, text_encoder, image_encoder)
+                latents, prompt_embeds = iter(encoded[0].cpu()), iter(encoded[1].cpu())
+            for captions, error in zip(batch["captions"], batch["errors"], strict=True):
+                if error and not args.skip_bad_rows:
+                    raise SystemExit(f"row {row}: {error}; fix it, or skip such rows with --skip_bad_rows")
+                yield {
+                    "latents": b"" if error else tensor_to_bytes(next(latents)),
+                    "prompt_embeds": [tensor_to_bytes(next(prompt_embeds)) for _ in captions],
+                    "error": error,
+                }
+                row += 1
+            progress.update(len(batch["errors"]))
 
 
 def cache_latents(
@@ -1906,8 +1759,7 @@ def cache_latents(
     text_encoder,
     image_encoder,
 ) -> datasets.Dataset:
-    """The data set as the encoders' outputs: computed once, kept on disk under `cache_key`, and
-    memory-mapped.
+    """The data set as the encoders' outputs: computed once, kept on disk by `cache_key`, and memory-mapped.
 
     The ranks share the shards. `datasets` writes each under a temporary name and renames it, so a pass that
     is interrupted continues at the next shard, with any number of ranks.
@@ -1916,9 +1768,8 @@ def cache_latents(
     binary = datasets.Value("large_binary")
     columns = {"latents": binary, "prompt_embeds": datasets.List(binary), "error": datasets.Value("string")}
     shard_size = max(CACHE_SHARD_SIZE, math.ceil(len(dataset) / MAX_CACHE_SHARDS))
-    shards = [
-        range(first, min(first + shard_size, len(dataset))) for first in range(0, len(dataset), shard_size)
-    ]
+    starts = range(0, len(dataset), shard_size)
+    shards = [range(start, min(start + shard_size, len(dataset))) for start in starts]
     own_shards = shards[accelerator.process_index :: accelerator.num_processes]
     num_rows = sum(map(len, own_shards))
     progress = tqdm(total=num_rows, desc="Encoding", unit="row", disable=not accelerator.is_main_process)
@@ -1950,11 +1801,7 @@ def cache_latents(
 
     datasets.disable_progress_bars()  # one bar for all shards instead of one for each
     location = f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"
-    with (
-        progress,
-        explain_errors("--cache_latents", location),
-        explain_worker_errors(args.dataloader_num_workers),
-    ):
+    with progress, explain_errors("--cache_latents", location):
         num_done = 0
         for shard in own_shards:
             load_shard(shard)
@@ -1969,8 +1816,8 @@ def cache_latents(
 def preprocess_cached(
     row: dict, resolution: int, empty_embeds: torch.Tensor, caption_dropout: float
 ) -> dict[str, torch.Tensor]:
-    """As `preprocess_train`, for a row of `cache_latents`: latents (16, side, side) and prompt_embeds (77,
-    width). `empty_embeds` is the empty caption's embedding, (77, width)."""
+    """As `preprocess_train`, for a row of `cache_latents`: latents (16, side, side) and prompt_embeds
+    (77, width), for which `empty_embeds` is that of the empty caption."""
     if row["error"]:
         raise ValueError(row["error"])
     side = math.ceil(resolution / STRIDE)
@@ -2022,8 +1869,7 @@ def compile_prior(
     prior as it is. Where that is not possible, a warning is logged and nothing is changed.
 
     The graphs read the weights at their addresses, so change them in place only. Micro-batches must have
-    `args.train_batch_size` samples, with embeddings like `prompt_embeds`, those of any caption, (1, 77,
-    width).
+    `args.train_batch_size` samples, with embeddings like `prompt_embeds`, (1, 77, width).
     """
     if accelerator.device.type != "cuda" or accelerator.state.dynamo_plugin.backend != "NO":
         logger.warning("--compile is ignored: it is for CUDA, without --dynamo_backend")
@@ -2039,9 +1885,8 @@ def compile_prior(
         functorch_config = torch._functorch.config
         for reason in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
             setattr(functorch_config, f"ban_recompute_{reason}", False)
-        functorch_config.activation_memory_budget = (
-            CHECKPOINTING_BUDGET if args.gradient_checkpointing else 1.0
-        )
+        budget = CHECKPOINTING_BUDGET if args.gradient_checkpointing else 1.0
+        functorch_config.activation_memory_budget = budget
         prior.forward = make_compiled_forward(prior)
         with sdpa_kernel(ATTENTION_KERNELS, set_priority=True), accelerator.autocast():
             graphed_forward = torch.cuda.make_graphed_callables(prior.train(), inputs).forward
@@ -2102,7 +1947,7 @@ def main(argv: list[str] | None = None):
     ema_prior = load_ema(args, prior, checkpoint, device)
     noise_scheduler = load_noise_scheduler(device)
     prompts = ["", *(args.validation_prompts or [])]
-    empty_embeds, *prompt_embeds = embed_prompts(prompts, tokenizer, text_encoder)
+    empty_embeds, *validation_embeds = embed_prompts(prompts, tokenizer, text_encoder)
     if args.cache_latents:
         dataset = cache_latents(accelerator, dataset, args, tokenizer, text_encoder, image_encoder)
         text_encoder = image_encoder = None  # frees their memory
@@ -2120,8 +1965,7 @@ def main(argv: list[str] | None = None):
         held_out_dataset = dataset.select(held_out_rows, keep_in_memory=True)
         held_out_dataloader = make_dataloader(held_out_dataset, preprocess, batches, args, device)
 
-    # The optimizer and the learning rate. The prior comes from the checkpoint already, the optimizer's state
-    # now.
+    # The optimizer and the learning rate. The prior is the checkpoint's already, the optimizer follows.
     if args.compile:
         compile_prior(prior, accelerator, args, empty_embeds)
     optimizer = make_optimizer(prior, args, device)
@@ -2132,8 +1976,7 @@ def main(argv: list[str] | None = None):
             accelerator.load_state(str(checkpoint))
     lr_scheduler = make_lr_scheduler(optimizer.optimizer, args, first_step)
 
-    # No flag can be wrong from here on, so files of an earlier run that this one does not continue are
-    # deleted.
+    # No flag can be wrong from here on, so files of a run that this one does not continue are deleted.
     if is_main_process:
         delete_checkpoints(stale_checkpoints, output_dir)
         truncate_logs(output_dir, first_step if checkpoint else -1)
@@ -2150,7 +1993,7 @@ def main(argv: list[str] | None = None):
         noise_scheduler=noise_scheduler,
         encode=encode,
         empty_embeds=empty_embeds,
-        prompt_embeds=prompt_embeds,
+        prompt_embeds=validation_embeds,
         held_out_dataloader=held_out_dataloader,
         signals=signals,
     )
@@ -2177,8 +2020,7 @@ def main(argv: list[str] | None = None):
             if is_validation_due(state.global_step, args, plan):
                 validator.log_validation(state.global_step)
 
-            # All random numbers of a step follow from (seed, step, rank), so a resumed run uses the same
-            # ones.
+            # All random numbers of a step follow from (seed, step, rank), also in a resumed run.
             started = time.perf_counter()
             torch.manual_seed(derive_seed(args.seed, "update", state.global_step, rank))
             train_loss, rows, all_timesteps = torch.zeros((), device=device), [], []
@@ -2197,9 +2039,7 @@ def main(argv: list[str] | None = None):
                 all_timesteps.append(timesteps)
 
             grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
-            train_loss, grad_norm, stop = reduce_metrics(
-                accelerator, train_loss, grad_norm, stop=bool(signals)
-            )
+            train_loss, grad_norm, stop = reduce_metrics(accelerator, train_loss, grad_norm, bool(signals))
             step = state.global_step + 1
             check_finite(accelerator, output_dir, step, train_loss, grad_norm, rows, all_timesteps)
             optimizer.step()

@@ -253,7 +253,7 @@ def public_args(args: argparse.Namespace) -> str:
     """The settings as flags, for image files and the model card, without private ones and local paths."""
     words = []
     for name, value in vars(args).items():
-        is_local_path = isinstance(value, str) and os.path.exists(value)
+        is_local_path = name.endswith(("_path", "_dir", "dataset_name")) and os.path.exists(str(value))
         if name in PRIVATE_FLAGS or is_local_path or value is None or value is False:
             continue
         if isinstance(value, list):
@@ -400,7 +400,8 @@ def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
             raise SystemExit(f"{flag}={column}: there is no such column, only {names}")
     feature = dataset.features[args.image_column]
     is_struct = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
-    if not is_struct and not isinstance(feature, datasets.Image) and "binary" not in str(feature):
+    is_binary = isinstance(feature, datasets.Value) and "binary" in feature.dtype
+    if not (is_struct or is_binary or isinstance(feature, datasets.Image)):
         raise SystemExit(f"--image_column={args.image_column}: the column holds {feature}, not images")
     dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
     dataset = dataset.select_columns([args.image_column, args.caption_column])
@@ -1906,7 +1907,7 @@ def compile_prior(
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not split up
     args = parse_args(argv)
     accelerator = setup_accelerator(args)
     device, rank, is_main_process = accelerator.device, accelerator.process_index, accelerator.is_main_process

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 import warnings
 from pathlib import Path
 
@@ -150,10 +151,12 @@ def main_in_child(args, env, folder, log):
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         status = 1 if isinstance(end.code, str) else end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
     else:
         status = 0
-    # As a process that ends does, and a forked child does not: let go of the frames, and so of the loader's
-    # workers.
+    # A forked child would wait for the loader's workers, whereas they end when their parent does.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

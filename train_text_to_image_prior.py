@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tune the Würstchen prior, the model that generates an image's latents, 42 times smaller, from its
 caption.
 
@@ -34,11 +35,13 @@ the values of the latents.
 import argparse
 import atexit
 import contextlib
+import difflib
 import functools
 import glob
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import logging
 import math
@@ -61,8 +64,11 @@ from pathlib import Path
 import accelerate
 import datasets
 import diffusers
+import filelock
 import huggingface_hub as hub
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
@@ -76,7 +82,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -109,6 +115,9 @@ IMAGENET_MEAN, IMAGENET_STD = (
 GUIDANCE_SCALE = 4.0  # of validation images: the guide's `prior_guidance_scale`
 NUM_LOSS_BANDS = 4  # equal parts of [0, 1), the timesteps, for which the held-out loss is reported
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+# Formats that are opened, whatever a file's name says. (Others run programs: EPS starts Ghostscript.)
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"]
+MAX_IMAGE_PIXELS = 10**8  # a small file can hold an image that fills the memory
 MAX_ASPECT_RATIO = (
     8  # longer images are cropped to it: resizing 60000 x 1 pixels to height 512 would fill the memory
 )
@@ -137,9 +146,22 @@ def bounded(number_type: type, minimum: float, below: float = math.inf) -> Calla
     return convert
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Suggests a flag in place of one that does not exist."""
+
+    def error(self, message: str):
+        match = re.match(r"(?:unrecognized arguments|ambiguous option): (--[\w-]+)", message)
+        if match:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            similar = difflib.get_close_matches(match[1], flags, n=1)
+            similar = ["--learning_rate"] if match[1] == "--lr" else similar
+            message += f"; did you mean {similar[0]}?" if similar else ""
+        super().error(message)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line and rejects contradictory flags before anything is loaded."""
-    parser = argparse.ArgumentParser(description="Fine-tune the Würstchen prior on captioned images.")
+    parser = ArgumentParser(description="Fine-tune the Würstchen prior on captioned images.")
     positive_int, natural = bounded(int, 1), bounded(int, 0)
     fraction, non_negative = bounded(float, 0, 1), bounded(float, 0)
 
@@ -199,7 +221,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="wuerstchen-model-finetuned", help="folder for everything that is written")
-    add("--overwrite_output_dir", action="store_true", help="delete checkpoints that are not resumed")
+    add("--overwrite_output_dir", action="store_true", help="replace another run's files in --output_dir")
     add("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
     add("--checkpoints_total_limit", type=positive_int, help="number of checkpoints to keep; default: all")
     add("--resume_from_checkpoint", help="'latest' or the path of a checkpoint")
@@ -218,9 +240,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hub_model_id", help="repo to upload to; default: the name of --output_dir")
     add("--hub_private_repo", action="store_true", help="make the repo private, if it does not exist yet")
     add("--hub_token", type=str.strip, help="sent to the Hub only; `hf auth login` is safer")
-    add("--local_rank", type=int, default=-1, help="not used: Accelerate reads the environment")
+    add(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        default=-1,
+        help="not used: Accelerate reads the environment",
+    )
 
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":
+            parser.error(f"--{name} is empty; is it set from a variable that does not exist?")
     if args.dataset_name is None and args.train_data_dir is None:
         parser.error("give --dataset_name (a data set on the Hub) or --train_data_dir (a folder)")
     if (args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None):
@@ -249,12 +280,17 @@ PRIVATE_FLAGS = {
 }
 
 
+def public_settings(args: argparse.Namespace) -> dict:
+    """The flags that may be kept in checkpoints, without private ones."""
+    return {name: value for name, value in vars(args).items() if name not in PRIVATE_FLAGS}
+
+
 def public_args(args: argparse.Namespace) -> str:
-    """The settings as flags, for image files and the model card, without private ones and local paths."""
+    """The settings as a command line, for image files and the model card, without local paths."""
     words = []
-    for name, value in vars(args).items():
-        is_local_path = name.endswith(("_path", "_dir", "dataset_name")) and os.path.exists(str(value))
-        if name in PRIVATE_FLAGS or is_local_path or value is None or value is False:
+    for name, value in public_settings(args).items():
+        is_local_path = isinstance(value, str) and os.path.exists(value)
+        if is_local_path or value is None or value is False:
             continue
         if isinstance(value, list):
             words += [f"--{name}", *value]
@@ -271,15 +307,22 @@ def explain_errors(flag: str, value) -> Iterator[None]:
     except Exception as error:
         while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # the reason, for example a full disk
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise SystemExit(f"{flag}={value}: {kind}{reason}") from None
+        raise SystemExit(f"{flag}={value}: {kind}{printable(reason)}") from None
+
+
+def printable(text: str, max_length: int = 500) -> str:
+    """Text from a file or a library on one line, with control characters escaped, for a message."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return text if len(text) <= max_length else f"{text[:max_length]}..."
 
 
 # ------------------------------------------------------------------------------------------------------ setup
 def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     """Sets up devices, precision, trackers and logging by the flags, the launcher and `accelerate config`."""
     atexit.register(kill_workers)
+    sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     if args.hub_token:  # wandb and comet_ml record the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
     with explain_errors("--output_dir", args.output_dir):
@@ -298,6 +341,12 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
             accelerate.utils.InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         ],
     )
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > accelerator.num_processes:
+        raise SystemExit(
+            f"WORLD_SIZE={world_size}: so many processes were started, but each would train alone, since "
+            "there is no GPU; set ACCELERATE_USE_CPU=true to train together on the CPU"
+        )
     engine = accelerator.distributed_type
     if engine in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise SystemExit(
@@ -317,6 +366,37 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+class LossyStream:
+    """Standard output or error that loses text instead of raising, when the terminal or the pipe is
+    closed."""
+
+    def __init__(self, stream):
+        self.stream = stream or io.StringIO()  # None: closed from the start
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):  # isatty, encoding, ...
+        return getattr(self.stream, name)
+
+
+def lock_output_dir(output_dir: Path) -> filelock.FileLock:
+    """Locks the folder against a second run, until this process ends, however it ends."""
+    with explain_errors("--output_dir", output_dir):
+        lock = filelock.FileLock(output_dir / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise ValueError("another run is writing to this folder; choose another one") from None
+        return lock
+
+
 def check_destinations(args: argparse.Namespace) -> str:
     """Checks what is needed at the end: the decoder, and write access to the repo, whose id it returns."""
     source = args.pretrained_decoder_model_name_or_path
@@ -325,6 +405,8 @@ def check_destinations(args: argparse.Namespace) -> str:
         if not {"decoder", "vqgan"} <= config.keys():
             raise ValueError("its model_index.json is not that of a Würstchen decoder")
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    if args.push_to_hub and args.hub_token is None and hub.get_token() is None:
+        raise SystemExit("--push_to_hub: there is no token for the Hub; log in with `hf auth login`")
     if args.push_to_hub:
         with explain_errors("--push_to_hub: --hub_model_id", repo_id):
             private, token = args.hub_private_repo or None, args.hub_token
@@ -334,17 +416,18 @@ def check_destinations(args: argparse.Namespace) -> str:
     return repo_id
 
 
-def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: "TrainState"):
+def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: "TrainState", is_new: bool):
     """Starts the trackers, or continues the curves of the run that is resumed."""
     config = {}
     for name, value in vars(args).items():
         if name != "hub_token":
             config[name] = value if isinstance(value, (int, float, str)) else str(value)
     init_kwargs = {
-        "tensorboard": {"purge_step": state.global_step + 1 if state.plan else 0},
+        "tensorboard": {"purge_step": 0 if is_new else state.global_step + 1},
         "wandb": {"id": state.wandb_run_id, "resume": "allow"},
     }
-    accelerator.init_trackers(args.tracker_project_name, config, init_kwargs)
+    with explain_errors("--report_to", args.report_to):
+        accelerator.init_trackers(args.tracker_project_name, config, init_kwargs)
 
 
 def kill_workers():
@@ -356,9 +439,13 @@ def kill_workers():
         process.kill()
 
 
+# Signals that stop a run: a scheduler's or launcher's, Ctrl-C, and a closed terminal.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def deferred_signals(received: list[int]) -> Iterator[None]:
-    """Appends SIGTERM and SIGINT to `received` instead of stopping; a second one stops at once."""
+    """Appends signals that stop a run to `received` instead; a second one stops at once."""
     received_at = -math.inf
 
     def handler(number: int, frame):
@@ -369,14 +456,28 @@ def deferred_signals(received: list[int]) -> Iterator[None]:
             os._exit(128 + number)
         received_at = time.monotonic()
         received.append(number)
-        os.write(2, b"\nStopping after this step; another signal stops at once.\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nStopping after this step; another signal stops at once.\n")
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+    previous = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:
         for number, previous_handler in previous.items():
             signal.signal(number, previous_handler)
+
+
+def exit_on_signals():
+    """Makes a signal raise SystemExit with the status that a stop has during training."""
+
+    def handler(number: int, frame):
+        logger.info("Stopped; the same command with --resume_from_checkpoint=latest saves the result")
+        sys.exit(128 + number)
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -437,7 +538,18 @@ def load_splits(source: str, config_name: str | None, cache_dir: str | None, is_
     # The splits are given explicitly, since `datasets` would take an image named test.jpg for a split.
     names = [name for name in ("train", "validation", "test") if (folder / name).is_dir()]
     data_files = {name: f"{root}/{name}/**" for name in names} or {"train": f"{root}/**"}
-    return datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir)
+    splits = datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir)
+    if (
+        len(list(folder.rglob("metadata.*"))) > 1
+    ):  # `datasets` reads them in an order that changes from run to run
+        splits = {name: sort_by_path(split) for name, split in splits.items()}
+    return splits
+
+
+def sort_by_path(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Sorts rows by the names of their image files."""
+    paths = [image["path"] for image in dataset.cast_column("image", datasets.Image(decode=False))["image"]]
+    return dataset.select(np.argsort(paths, kind="stable"), keep_in_memory=True)
 
 
 def split_held_out(num_rows: int, held_out: float | None, seed: int) -> tuple[np.ndarray | range, np.ndarray]:
@@ -455,10 +567,20 @@ def split_held_out(num_rows: int, held_out: float | None, seed: int) -> tuple[np
     return permutation[int(num_held_out) :], permutation[: int(num_held_out)]
 
 
-def hash_captions(dataset: datasets.Dataset, caption_column: str) -> int:
-    """A hash of at most 1,000 captions, evenly spaced over the rows, which identifies the data set."""
-    rows = range(0, len(dataset), math.ceil(len(dataset) / 1000))
-    return derive_seed(dataset.select_columns([caption_column])[rows])
+def hash_rows(dataset: datasets.Dataset, args: argparse.Namespace) -> str:
+    """A hash of all captions and of the names and sizes of all images, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for table in dataset.with_format("arrow").iter(batch_size=1000):  # maps images that are in it, unread
+        images = table[args.image_column].combine_chunks()
+        paths = pc.struct_field(images, "path").to_pylist()
+        sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
+        captions = table[args.caption_column].to_pylist()
+        for path, size, caption in zip(paths, sizes, captions, strict=True):
+            if size is None and path is not None:
+                with contextlib.suppress(OSError):  # a missing file is an unreadable row
+                    size = os.path.getsize(path)
+            digest.update(repr((os.path.basename(path or ""), size, caption)).encode())
+    return digest.hexdigest()
 
 
 def image_folders(args: argparse.Namespace) -> list[Path]:
@@ -468,11 +590,13 @@ def image_folders(args: argparse.Namespace) -> list[Path]:
     return [Path(folder) for folder in folders if folder]
 
 
-def check_inside(path: Path, folders: list[Path]):
-    """Raises ValueError if a data set refers to a file outside its folder, such as /etc/passwd."""
+def read_image_file(path: str, folders: list[Path]) -> bytes:
+    """Reads a file of the data set. A path outside its folder, such as /etc/passwd, or a URL is an error."""
+    file = Path(path)
     roots = [root for folder in folders for root in (folder.absolute(), folder.resolve())]  # of links, both
-    if ".." in path.parts or not any(path.absolute().is_relative_to(root) for root in roots):
-        raise ValueError(f"the image ({path}) lies outside the data set's folder")
+    if ".." in file.parts or not any(file.absolute().is_relative_to(root) for root in roots):
+        raise ValueError("it lies outside the data set's folder")
+    return file.read_bytes()
 
 
 def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
@@ -482,11 +606,17 @@ def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
     Raises:
         ValueError: with the file's name, if it cannot be decoded or lies outside `folders`.
     """
-    path = (value or {}).get("path")
-    if path and not value["bytes"] and "://" not in path:
-        check_inside(Path(path), folders)
+    value = value or {"bytes": None, "path": None}
     try:
-        image = datasets.Image().decode_example(value)  # applies the EXIF orientation
+        if not value["bytes"] and not value["path"]:
+            raise ValueError("it is missing")
+        data = value["bytes"] or read_image_file(value["path"], folders)
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_IMAGE_PIXELS:.0e}")
+        image.load()
+        with contextlib.suppress(Exception):  # an orientation that cannot be read is upright
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip to white
             gray, transparent = np.asarray(image), image.info.get("transparency")
             image = Image.fromarray((gray.clip(0, 65535) / 257).round().astype(np.uint8))
@@ -501,8 +631,9 @@ def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
             image = transforms.functional.center_crop(image, (min(height, longest), min(width, longest)))
         return image.convert("RGB")
     except Exception as error:  # decoders raise all kinds of errors
-        name = path or "no file name"
-        raise ValueError(f"the image ({name}) cannot be read: {type(error).__name__}: {error}") from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        name = printable(value["path"] or "no file name", 200)
+        raise ValueError(f"the image ({name}) cannot be read: {kind}{printable(str(error))}") from error
 
 
 def make_augmentations(args: argparse.Namespace) -> list[Callable]:
@@ -538,7 +669,8 @@ def list_captions(row: dict, args: argparse.Namespace) -> list[str]:
     choices = [captions] if isinstance(captions, str) else captions
     if not isinstance(choices, (list, tuple)) or not choices or not all(isinstance(c, str) for c in choices):
         file = (row[args.image_column] or {}).get("path") or "no file name"
-        raise ValueError(f"the caption is {captions!r}, not a string or a list of strings (image: {file})")
+        message = f"the caption is {captions!r}, not a string or a list of strings (image: {file})"
+        raise ValueError(printable(message))
     return list(choices)
 
 
@@ -658,7 +790,7 @@ class SamplePlan:
 
     seed: int
     num_rows: int
-    captions_hash: int
+    rows_hash: str
     num_processes: int
     train_batch_size: int
     gradient_accumulation_steps: int
@@ -699,7 +831,7 @@ def collate_fn(samples: list[dict]) -> dict:
 
 def ignore_signals(worker_id: int):
     """Leaves stopping to the main process: terminals and schedulers signal every process of a job."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -912,12 +1044,23 @@ def check_finite(
     else:
         diverged = accelerator.scaler.get_scale() < MIN_LOSS_SCALE
     if diverged:
-        checkpoints = [path.name for path in list_checkpoints(output_dir)]
-        last_checkpoint = checkpoints[-1] if checkpoints else "none"
         raise SystemExit(
             f"stopped before step {step}: loss {loss}, gradient norm {grad_norm}, rows {rows}, timesteps "
-            f"{torch.cat(timesteps).tolist()}; the last good checkpoint: {last_checkpoint}"
+            f"{torch.cat(timesteps).tolist()}; {describe_last(output_dir)}"
         )
+
+
+def check_finite_weights(prior: torch.nn.Module, output_dir: Path, step: int):
+    """Ends the run before weights that an optimizer step made overflow are saved."""
+    norms = torch._foreach_norm([parameter.detach() for parameter in prior.parameters()])
+    if not torch.stack(norms).isfinite().all():
+        raise SystemExit(f"stopped after step {step}: weights are not finite; {describe_last(output_dir)}")
+
+
+def describe_last(output_dir: Path) -> str:
+    """Names the newest checkpoint for a message."""
+    names = [path.name for path in list_checkpoints(output_dir)]
+    return f"the last good checkpoint: {names[-1] if names else 'none'}"
 
 
 # -------------------------------------------------------------------------------------------------- diffusion
@@ -1007,10 +1150,20 @@ def is_validation_due(global_step: int, args: argparse.Namespace, plan: SamplePl
 
 
 def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.WuerstchenDecoderPipeline:
-    """The pipeline that decodes the prior's latents to images."""
+    """The pipeline that decodes the prior's latents to images. Its components are loaded by their own
+    classes, since those that its model_index.json names could be code in the folder."""
     source = args.pretrained_decoder_model_name_or_path
     location = {"cache_dir": args.cache_dir}
-    return wuerstchen.WuerstchenDecoderPipeline.from_pretrained(source, **location, torch_dtype=dtype)
+    config = wuerstchen.WuerstchenDecoderPipeline.load_config(source, **location)
+    half = location | {"torch_dtype": dtype}
+    return wuerstchen.WuerstchenDecoderPipeline(
+        tokenizer=CLIPTokenizerFast.from_pretrained(source, subfolder="tokenizer", **location),
+        text_encoder=CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype, **location),
+        decoder=wuerstchen.WuerstchenDiffNeXt.from_pretrained(source, subfolder="decoder", **half),
+        scheduler=DDPMWuerstchenScheduler.from_pretrained(source, subfolder="scheduler", **location),
+        vqgan=wuerstchen.PaellaVQModel.from_pretrained(source, subfolder="vqgan", **half),
+        latent_dim_scale=config.get("latent_dim_scale", 10.67),
+    )
 
 
 def decoder_image_size(decoder_pipeline: wuerstchen.WuerstchenDecoderPipeline, resolution: int) -> int:
@@ -1149,14 +1302,17 @@ class Validator:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 STATE_FILE = "trainer_state.json"  # written last into a checkpoint
+# The folders of a result: the text-to-image pipeline at the root of --output_dir, the prior's own, shared
+# components.
+RESULT_FOLDERS = ["prior_pipeline", "prior_prior", "prior_text_encoder", "prior_tokenizer", "prior_scheduler"]
+RESULT_FOLDERS += ["decoder", "vqgan", "text_encoder", "tokenizer", "scheduler"]
+RESULT_FILES = ["model_index.json", "README.md", "grid.png"]
+LOG_FILES = ["loss.jsonl", "loss.png", "samples"]
+# Names under which something is written or deleted, so that a crash leaves nothing that looks complete.
+TEMPORARY = re.compile(r"\.checkpoint-\d+\.(partial|deleted)|\.result\.partial")
 
-# How versions before 2026-11-25 named the fields of TrainState and SamplePlan.
-OLD_FIELD_NAMES = {
-    "run_id": "wandb_run_id",
-    "rows": "num_rows",
-    "captions": "captions_hash",
-    "processes": "num_processes",
-}
+# How versions before 2026-11-25 named the fields of TrainState and SamplePlan. They had no hash of all rows.
+OLD_FIELD_NAMES = {"run_id": "wandb_run_id", "rows": "num_rows", "processes": "num_processes"}
 
 
 @dataclass
@@ -1165,16 +1321,34 @@ class TrainState:
 
     global_step: int = 0
     plan: dict | None = None  # the fields of SamplePlan; None in a new run, whose data are not loaded yet
+    settings: dict | None = None  # the flags of the run that wrote it
     wandb_run_id: str = field(default_factory=lambda: f"{random.getrandbits(40):010x}")
+
+
+def sample_digest(file: Path) -> str:
+    """A hash of the first 4 KB of each MB of a file, which costs far less than to write it. Other weights
+    differ in all of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as content:
+        for offset in range(0, file.stat().st_size, 2**20):
+            content.seek(offset)
+            digest.update(content.read(4096))
+    return digest.hexdigest()
 
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether all files that the checkpoint lists exist with their sizes, as not in a partial copy."""
     try:
-        sizes = json.loads((checkpoint / STATE_FILE).read_text())["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        files = json.loads((checkpoint / STATE_FILE).read_text())["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def is_intact(checkpoint: Path) -> bool:
+    """Whether a complete checkpoint's files have the content that was written."""
+    digests = json.loads((checkpoint / STATE_FILE).read_text()).get("digests", {})
+    return all(sample_digest(checkpoint / name) == digest for name, digest in digests.items())
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -1185,21 +1359,25 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to resume: the newest complete one for "latest", or that path. None starts a new run."""
+    """The checkpoint to resume: the newest usable one for "latest", or that path. None starts a new run."""
     if resume_from is None:
         return None
     if resume_from != "latest":
         for path in (Path(resume_from), output_dir / resume_from):
             if is_complete(path):
+                if not is_intact(path):
+                    raise SystemExit(f"--resume_from_checkpoint={resume_from}: its files were changed")
                 return path.resolve()
         raise SystemExit(f"--resume_from_checkpoint={resume_from}: there is no complete checkpoint there")
     checkpoints = list_checkpoints(output_dir)
     for path in sorted(set(output_dir.resolve().glob("checkpoint*")) - set(checkpoints)):
         logger.warning(f"Ignored {path}: it is not a complete checkpoint")
-    if not checkpoints:
-        logger.info(f"--resume_from_checkpoint=latest: there is none in {output_dir}, so this is a new run")
-        return None
-    return checkpoints[-1]
+    for checkpoint in reversed(checkpoints):
+        if is_intact(checkpoint):
+            return checkpoint
+        logger.warning(f"Ignored {checkpoint}: its files were changed")
+    logger.info(f"--resume_from_checkpoint=latest: there is none in {output_dir}, so this is a new run")
+    return None
 
 
 def find_stale_checkpoints(output_dir: Path, checkpoint: Path | None, overwrite: bool) -> list[Path]:
@@ -1216,6 +1394,25 @@ def find_stale_checkpoints(output_dir: Path, checkpoint: Path | None, overwrite:
     return stale
 
 
+def check_output_dir(args: argparse.Namespace, checkpoint: Path | None):
+    """Refuses a folder in which this run would replace what it did not write: a new run any of the names that
+    it writes, one that `latest` starts anew only a result, since its first attempt may have left logs."""
+    output_dir = Path(args.output_dir)
+    is_own = checkpoint is not None and checkpoint.parent == output_dir.resolve()
+    if is_own or args.overwrite_output_dir:
+        return
+    names = RESULT_FOLDERS + RESULT_FILES
+    if args.resume_from_checkpoint != "latest":
+        names = names + LOG_FILES + [args.logging_dir]
+    found = [name for name in names if (output_dir / name).exists()]
+    if found:
+        raise SystemExit(
+            f"--output_dir={output_dir} contains {', '.join(found)}, which this run would replace: choose "
+            "another folder, --resume_from_checkpoint=latest to continue a run with checkpoints there, or "
+            "--overwrite_output_dir to replace them"
+        )
+
+
 def load_train_state(checkpoint: Path | None, stale_checkpoints: list[Path], output_dir: Path) -> TrainState:
     """Where the run starts: at the checkpoint, or at step 0."""
     state = TrainState()
@@ -1224,6 +1421,7 @@ def load_train_state(checkpoint: Path | None, stale_checkpoints: list[Path], out
         saved = {OLD_FIELD_NAMES.get(name, name): value for name, value in saved.items()}
         state.global_step = saved["global_step"]
         state.plan = {OLD_FIELD_NAMES.get(name, name): value for name, value in saved["plan"].items()}
+        state.settings = saved.get("settings")
         # wandb ignores steps that a run has had already, so a branch is a new run.
         is_branch = stale_checkpoints or checkpoint.parent != output_dir.resolve()
         if not is_branch:
@@ -1236,11 +1434,27 @@ def load_train_state(checkpoint: Path | None, stale_checkpoints: list[Path], out
 def check_same_plan(plan: SamplePlan, state: TrainState, checkpoint: Path | None):
     """Refuses to resume a run that had another plan, since its samples would not continue."""
     for name, value in asdict(plan).items():
-        if state.plan is not None and state.plan[name] != value:
-            raise SystemExit(
-                f"{checkpoint} cannot be resumed exactly: its run had {name}={state.plan[name]}, "
-                f"this one {value}"
-            )
+        saved = (state.plan or {}).get(name, value)
+        if saved != value:
+            what = "other images or captions" if name == "rows_hash" else f"{name}={saved}, this one {value}"
+            raise SystemExit(f"{checkpoint} cannot be resumed exactly: its run had {what}")
+
+
+def report_changed_settings(args: argparse.Namespace, state: TrainState, checkpoint: Path | None):
+    """Logs which flags differ from those of the run that is resumed. Another optimizer is an error."""
+    if state.settings is None:
+        return
+    if state.settings["use_8bit_adam"] != args.use_8bit_adam:
+        used = "with" if state.settings["use_8bit_adam"] else "without"
+        raise SystemExit(
+            f"--use_8bit_adam: {checkpoint} is of a run {used} it, whose optimizer state differs"
+        )
+    changed = []
+    for name, value in public_settings(args).items():
+        if name in state.settings and state.settings[name] != value:
+            changed.append(f"--{name}={value} (was {state.settings[name]})")
+    if changed:
+        logger.warning(f"Changed since {checkpoint.name}: {', '.join(changed)}")
 
 
 def register_checkpoint_hooks(accelerator: Accelerator, ema_prior: EMAModel | None):
@@ -1260,38 +1474,51 @@ def register_checkpoint_hooks(accelerator: Accelerator, ema_prior: EMAModel | No
     accelerator.register_load_state_pre_hook(skip_prior)
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainState, limit: int | None):
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainState, limit: int | None) -> bool:
     """Writes checkpoint-N under a temporary name, flushes and renames it, then deletes those over the limit.
 
-    If that fails, say on a full disk, the older checkpoints remain and the run continues without this one.
+    If that fails, say on a full disk, the older checkpoints remain, the run continues, and the result is
+    False.
     """
     checkpoint = output_dir / f"checkpoint-{state.global_step}"
-    partial = output_dir / f".{checkpoint.name}"
+    partial = output_dir / f".{checkpoint.name}.partial"
     error_text = ""
     try:
         accelerator.save_state(str(partial))  # on every rank, since each has random states of its own
     except Exception as error:
         error_text = str(error) or type(error).__name__
     errors = [text for text in gather_object([error_text]) if text]
-    if not accelerator.is_main_process:
-        return
-    try:
-        if errors:
-            raise OSError(errors[0])
-        files = [path for path in partial.rglob("*") if path.is_file()]
-        sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
-        (partial / STATE_FILE).write_text(json.dumps(asdict(state) | {"files": sizes}, indent=2))
-        for path in [*partial.rglob("*"), partial]:
-            flush_to_disk(path)
-        shutil.rmtree(checkpoint, ignore_errors=True)  # an incomplete one
-        partial.rename(checkpoint)
-        flush_to_disk(output_dir)
-        if limit is not None:
-            delete_checkpoints(list_checkpoints(output_dir)[:-limit], output_dir)
-        logger.info(f"Saved {checkpoint}")
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        logger.error(f"{checkpoint} could not be written, the run continues without it: {error}")
+    saved = False
+    if accelerator.is_main_process:
+        try:
+            if errors:
+                raise OSError(errors[0])
+            write_state_file(partial, state)
+            for path in [*partial.rglob("*"), partial]:
+                flush_to_disk(path)
+            delete(checkpoint)  # an incomplete one
+            partial.rename(checkpoint)
+            flush_to_disk(output_dir)
+            saved = True
+            logger.info(f"Saved {checkpoint}")
+            if limit is not None:
+                delete_checkpoints(list_checkpoints(output_dir)[:-limit], output_dir)
+        except OSError as error:
+            logger.error(
+                f"{checkpoint}: {'it is complete, but' if saved else 'it could not be written:'} {error}"
+            )
+            if not saved:
+                shutil.rmtree(partial, ignore_errors=True)
+    return broadcast_object_list([saved])[0]
+
+
+def write_state_file(folder: Path, state: TrainState):
+    """Writes the state and a list of the checkpoint's files, with which it is complete."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    digests = {str(path.relative_to(folder)): sample_digest(path) for path in files}
+    content = asdict(state) | {"files": sizes, "digests": digests}
+    (folder / STATE_FILE).write_text(json.dumps(content, indent=2))
 
 
 def flush_to_disk(path: Path):
@@ -1307,39 +1534,75 @@ def flush_to_disk(path: Path):
             os.close(descriptor)
 
 
+def delete(path: Path):
+    """Deletes a folder, a file or a link, but not what the link refers to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def delete_checkpoints(checkpoints: list[Path], output_dir: Path):
     """Deletes checkpoints. They are renamed first, so that what a crash leaves is not taken for a checkpoint;
-    such remains are deleted, too."""
+    such remains of this and of earlier runs are deleted, too."""
     for checkpoint in checkpoints:
-        checkpoint.rename(checkpoint.with_name(f".old-{checkpoint.name}"))
-    for remains in output_dir.glob(".*checkpoint-*"):
-        shutil.rmtree(remains)
+        checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.deleted"))
+    for path in output_dir.iterdir():
+        if TEMPORARY.fullmatch(path.name):
+            delete(path)
+
+
+def stop_training(accelerator: Accelerator, output_dir: Path, saved: bool, status: int):
+    """Ends the process with the signal's status or, if the checkpoint could not be saved, with EX_IOERR
+    (74)."""
+    if saved:
+        logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
+    else:
+        logger.error(f"Stopped, but the checkpoint could not be saved; {describe_last(output_dir)}")
+    with only_warn("Closing the trackers"):
+        accelerator.end_training()
+    sys.exit(status if saved else 74)
 
 
 # ---------------------------------------------------------------------------------------------------- logging
+WARNED: set[str] = set()
+
+
 @contextlib.contextmanager
 def only_warn(what: str) -> Iterator[None]:
-    """Logs an error of something that is only shown, such as a curve, instead of ending the run."""
+    """Logs an error of something that is only shown, such as a curve, once, instead of ending the run."""
     try:
         yield
     except Exception as error:
-        logger.warning(f"{what} could not be written: {type(error).__name__}: {error}")
+        if what not in WARNED:
+            WARNED.add(what)
+            logger.warning(
+                f"{what} failed, the run continues: {type(error).__name__}: {printable(str(error))}"
+            )
 
 
 def log_metrics(accelerator: Accelerator, metrics: dict[str, float], global_step: int):
     """Passes metrics to the trackers and appends them to loss.jsonl, one line a step."""
-    accelerator.log(metrics, step=global_step)
+    with only_warn("Logging to the trackers"):
+        accelerator.log(metrics, step=global_step)
     if accelerator.is_main_process and metrics:
-        with only_warn("loss.jsonl"), open(Path(accelerator.project_dir, "loss.jsonl"), "a") as file:
+        with only_warn("Writing loss.jsonl"), open(Path(accelerator.project_dir, "loss.jsonl"), "a") as file:
             file.write(json.dumps({"step": global_step} | metrics) + "\n")
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:
-    """The lines of loss.jsonl, without one that a crash truncated. Older versions called a step an update."""
+    """The lines of loss.jsonl, without those that a crash truncated. Older versions called a step an
+    update."""
     file = output_dir / "loss.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    return [{"step": row.pop("update")} | row if "update" in row else row for row in rows]
+    rows = []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "update" in row:
+                row = {"step": row.pop("update")} | row
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
 
 
 def sample_file(output_dir: Path, global_step: int, prompt_index: int) -> Path:
@@ -1369,32 +1632,15 @@ def truncate_logs(output_dir: Path, global_step: int):
 def log_images(
     accelerator: Accelerator, args: argparse.Namespace, images: list[Image.Image], global_step: int
 ):
-    """Logs images and their prompts to each tracker, and to samples/. Add trackers here: Accelerate's own
-    `log_images` has no captions."""
+    """Logs images and their prompts to each tracker and to samples/."""
     if not images:
         return
     captioned = list(zip(args.validation_prompts, images, strict=True))
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            for index, (prompt, image) in enumerate(captioned):
-                name, pixels = f"validation/{index}", np.asarray(image)[None]
-                tracker.log_images({name: pixels}, step=global_step, dataformats="NHWC")
-                tracker.log({name: prompt}, step=global_step)
-        elif tracker.name == "wandb":
-            wandb = importlib.import_module("wandb")
-            logged = [wandb.Image(image, caption=prompt) for prompt, image in captioned]
-            tracker.log({"validation": logged}, step=global_step)
-        elif tracker.name == "trackio":
-            trackio = importlib.import_module("trackio")
-            for index, (prompt, image) in enumerate(captioned):  # it ignores lists of images
-                tracker.log({f"validation/{index}": trackio.Image(image, caption=prompt)}, step=global_step)
-        elif tracker.name == "comet_ml":
-            for prompt, image in captioned:
-                tracker.tracker.log_image(image, name=prompt, step=global_step)
-        else:
-            logger.warning(f"{tracker.name} does not get the validation images; they are in samples/")
+        with only_warn(f"Logging images to {tracker.name}"):
+            log_images_to_tracker(tracker, captioned, global_step)
     output_dir = Path(args.output_dir)
-    with only_warn("samples/"):
+    with only_warn("Writing samples/"):
         for index, (prompt, image) in enumerate(captioned):
             text = PngInfo()
             text.add_itxt("prompt", prompt)
@@ -1407,14 +1653,42 @@ def log_images(
         save_contact_sheet(output_dir, args.validation_prompts)
 
 
+def log_images_to_tracker(tracker, captioned: list[tuple[str, Image.Image]], global_step: int):
+    """Logs pairs of prompts and images. Add trackers here: Accelerate's own `log_images` has no captions."""
+    if tracker.name == "tensorboard":
+        for index, (prompt, image) in enumerate(captioned):
+            name, pixels = f"validation/{index}", np.asarray(image)[None]
+            tracker.log_images({name: pixels}, step=global_step, dataformats="NHWC")
+            tracker.log({name: prompt}, step=global_step)
+    elif tracker.name == "wandb":
+        wandb = importlib.import_module("wandb")
+        logged = [wandb.Image(image, caption=prompt) for prompt, image in captioned]
+        tracker.log({"validation": logged}, step=global_step)
+    elif tracker.name == "trackio":
+        trackio = importlib.import_module("trackio")
+        for index, (prompt, image) in enumerate(captioned):  # it ignores lists of images
+            tracker.log({f"validation/{index}": trackio.Image(image, caption=prompt)}, step=global_step)
+    elif tracker.name == "comet_ml":
+        for prompt, image in captioned:
+            tracker.tracker.log_image(image, name=prompt, step=global_step)
+    else:
+        logger.warning(f"{tracker.name} does not get the validation images; they are in samples/")
+
+
 def save_contact_sheet(output_dir: Path, prompts: list[str], max_columns: int = 12, cell: int = 192):
     """Writes samples/contact-sheet.png: prompts down, steps across, the first and the last among them."""
     steps = list_sample_steps(output_dir)
     columns = np.linspace(0, len(steps) - 1, min(len(steps), max_columns)).round().astype(int)
     steps = [steps[column] for column in columns]
-    files = [sample_file(output_dir, step, row) for row in range(len(prompts)) for step in steps]
-    blank = Image.new("RGB", (cell, cell), "white")
-    images = [Image.open(file).resize((cell, cell)) if file.exists() else blank for file in files]
+    images = []
+    for row, prompt in enumerate(prompts):
+        for step in steps:
+            image, file = Image.new("RGB", (cell, cell), "white"), sample_file(output_dir, step, row)
+            if file.exists():
+                with Image.open(file) as sample:
+                    if sample.info.get("prompt") == prompt:  # a run may be resumed with other prompts
+                        image = sample.resize((cell, cell))
+            images.append(image)
     sheet = make_image_grid(images, rows=len(prompts), cols=len(steps))
     figure = Figure(figsize=(sheet.width / 74, sheet.height / 74), dpi=96)  # the axes take 77 % of it
     axes = figure.subplots()
@@ -1429,7 +1703,7 @@ def save_contact_sheet(output_dir: Path, prompts: list[str], max_columns: int = 
 
 def save_loss_curve(output_dir: Path):
     """Writes loss.png: the training loss and its running mean, and the held-out loss, by step."""
-    with only_warn("loss.png"):
+    with only_warn("Writing loss.png"):
         rows = read_metrics(output_dir)
         train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
         held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
@@ -1464,7 +1738,6 @@ def save_figure(figure: Figure, file: Path):
 def save_components(components: dict, folder: Path):
     """Saves a pipeline's components; of a tokenizer also the files that transformers 4 reads."""
     for name, component in components.items():
-        shutil.rmtree(folder / name, ignore_errors=True)
         if isinstance(component, diffusers.ModelMixin):
             component.register_to_config(_name_or_path="")  # it would publish a local path
         component.save_pretrained(folder / name)
@@ -1474,11 +1747,19 @@ def save_components(components: dict, folder: Path):
 
 def link_folder(source: Path, target: Path):
     """Makes `target` a second name of the same files, or a copy where the file system has no hard links."""
-    shutil.rmtree(target, ignore_errors=True)
     try:
         shutil.copytree(source, target, copy_function=os.link)
     except OSError:
         shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def move_into_place(source: Path, target: Path):
+    """Replaces `target` by `source`, which is complete. What was there is deleted afterwards."""
+    old = source.with_name(f"old-{target.name}")
+    if target.exists() or target.is_symlink():
+        target.rename(old)
+    source.rename(target)
+    delete(old)
 
 
 def save_pipeline(
@@ -1487,29 +1768,33 @@ def save_pipeline(
     tokenizer: CLIPTokenizerFast,
     noise_scheduler: DDPMWuerstchenScheduler,
 ) -> int | None:
-    """Writes `prior_pipeline/`, the trained prior before anything that could fail is loaded, and then the
-    whole pipeline at the root, all in float32. Returns the side in pixels of its images, or None without a
-    decoder."""
+    """Writes `prior_pipeline/` and then the whole pipeline at the root, all in float32. Each is complete in a
+    temporary folder before it replaces an older result. Returns the side in pixels of the images, or None
+    without a decoder."""
     output_dir = Path(args.output_dir)
-    prior_folder = output_dir / "prior_pipeline"
+    partial = output_dir / ".result.partial"
+    prior_folder = partial / "prior_pipeline"
     with explain_errors("--output_dir", output_dir):
-        save_components({"prior": prior}, prior_folder)
+        delete(partial)
         text_encoder = load_text_encoder(
             args, torch.float32
         )  # again: the one used in training is in half precision
-        components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": noise_scheduler}
+        components = {"prior": prior, "text_encoder": text_encoder}
+        components |= {"tokenizer": tokenizer, "scheduler": noise_scheduler}
         save_components(components, prior_folder)
-        components["prior"] = prior
         wuerstchen.WuerstchenPriorPipeline(**components).save_config(prior_folder)  # model_index.json
+        for name in components:
+            link_folder(prior_folder / name, partial / f"prior_{name}")
+        move_into_place(prior_folder, output_dir / "prior_pipeline")
     try:
         decoder = load_decoder(args, torch.float32)
-        save_components(decoder.components, output_dir)
-        for name in components:
-            link_folder(prior_folder / name, output_dir / f"prior_{name}")
+        save_components(decoder.components, partial)
         prior_components = {f"prior_{name}": component for name, component in components.items()}
-        wuerstchen.WuerstchenCombinedPipeline(**decoder.components, **prior_components).save_config(
-            output_dir
-        )
+        pipeline = wuerstchen.WuerstchenCombinedPipeline(**decoder.components, **prior_components)
+        pipeline.save_config(partial)
+        for name in [*prior_components, *decoder.components, "model_index.json"]:
+            move_into_place(partial / name, output_dir / name)
+        delete(partial)
         return decoder_image_size(decoder, args.resolution)
     except Exception as error:
         logger.warning(f"{output_dir} will not load as a pipeline, only its prior_pipeline/: {error}")
@@ -1612,20 +1897,8 @@ def save_model_card(
 
 def push_to_hub(repo_id: str, output_dir: Path, global_step: int, token: str | None):
     """Uploads what a user of the model needs, and nothing else. During a Hub outage it is tried again."""
-    folders = [
-        "prior_pipeline",
-        "prior_prior",
-        "prior_text_encoder",
-        "prior_tokenizer",
-        "prior_scheduler",
-        "decoder",
-        "vqgan",
-        "text_encoder",
-        "tokenizer",
-        "scheduler",
-    ]
     patterns = ["README.md", "model_index.json", "grid.png", "loss.png", f"samples/step-{global_step:07d}-*"]
-    patterns += [f"{folder}/*" for folder in folders]
+    patterns += [f"{folder}/*" for folder in RESULT_FOLDERS]
     for delay in (*PUSH_RETRY_DELAYS, None):
         try:
             # The prior's weights first: then their second copy is recognized and not sent again.
@@ -1693,7 +1966,7 @@ def cache_key(
     sources = [inspect.getsource(function) for function in (*reading, *encoding)]
     settings = (args.image_column, args.caption_column, args.resolution, str(text_encoder.dtype))
     models = (tokenizer.backend_tokenizer.to_str(), hash_model(text_encoder), hash_model(image_encoder))
-    return Hasher.hash((dataset._fingerprint, settings, models, sources))
+    return Hasher.hash((dataset._fingerprint, hash_rows(dataset, args), settings, models, sources))
 
 
 class RowDataset(Dataset):
@@ -1729,27 +2002,53 @@ def collate_rows(rows: list[dict]) -> dict:
 
 def encode_rows(
     dataloader: DataLoader, first_row: int, args, tokenizer, text_encoder, image_encoder, progress: tqdm
-) -> Iterator[dict]:
-    """Yields what the encoders return for each row, from `first_row` on, and for its captions, as bytes."""
+) -> Iterator[list[dict]]:
+    """Yields the encoders' outputs for batches of rows, from `first_row` on, and their captions, as bytes."""
     row = first_row
-    with explain_worker_errors(args.dataloader_num_workers):
-        for batch in dataloader:
-            latents, prompt_embeds = iter(()), iter(())
-            if batch["pixels"] is not None:
-                captions = [caption for captions in batch["captions"] for caption in captions]
-                inputs = {"effnet_pixel_values": batch["pixels"]} | tokenize_captions(captions, tokenizer)
-                encoded = encode_batch(inputs, text_encoder, image_encoder)
-                latents, prompt_embeds = iter(encoded[0].cpu()), iter(encoded[1].cpu())
-            for captions, error in zip(batch["captions"], batch["errors"], strict=True):
-                if error and not args.skip_bad_rows:
-                    raise SystemExit(f"row {row}: {error}; fix it, or skip such rows with --skip_bad_rows")
-                yield {
-                    "latents": b"" if error else tensor_to_bytes(next(latents)),
-                    "prompt_embeds": [tensor_to_bytes(next(prompt_embeds)) for _ in captions],
-                    "error": error,
-                }
-                row += 1
-            progress.update(len(batch["errors"]))
+    for batch in dataloader:
+        latents, prompt_embeds = iter(()), iter(())
+        if batch["pixels"] is not None:
+            captions = [caption for captions in batch["captions"] for caption in captions]
+            inputs = {"effnet_pixel_values": batch["pixels"]} | tokenize_captions(captions, tokenizer)
+            encoded = encode_batch(inputs, text_encoder, image_encoder)
+            latents, prompt_embeds = iter(encoded[0].cpu()), iter(encoded[1].cpu())
+        rows = []
+        for captions, error in zip(batch["captions"], batch["errors"], strict=True):
+            if error and not args.skip_bad_rows:
+                raise SystemExit(f"row {row}: {error}; fix it, or skip such rows with --skip_bad_rows")
+            embeds_bytes = [tensor_to_bytes(next(prompt_embeds)) for _ in captions]
+            latents_bytes = b"" if error else tensor_to_bytes(next(latents))
+            rows.append({"latents": latents_bytes, "prompt_embeds": embeds_bytes, "error": error})
+            row += 1
+        yield rows
+        progress.update(len(rows))
+
+
+def write_shard(file: Path, batches: Iterator[list[dict]]):
+    """Writes a shard of the cache, under a temporary name until it is complete."""
+    binary = datasets.Value("large_binary")
+    columns = {"latents": binary, "prompt_embeds": datasets.List(binary), "error": datasets.Value("string")}
+    schema = datasets.Features(columns).arrow_schema
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for rows in batches:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_shard(file: Path, rows: RowDataset) -> datasets.Dataset | None:
+    """Maps a shard of the cache, unless it is missing, truncated, or lacks rows that are readable now."""
+    try:
+        shard = datasets.Dataset.from_file(str(file))
+    except (OSError, ValueError):  # pyarrow's errors are subclasses of ValueError
+        return None
+    errors = [index for index, error in enumerate(shard["error"]) if error]
+    if len(shard) != len(rows) or not all(rows[index]["error"] for index in errors):
+        return None
+    return shard
 
 
 def cache_latents(
@@ -1762,56 +2061,42 @@ def cache_latents(
 ) -> datasets.Dataset:
     """The data set as the encoders' outputs: computed once, kept on disk by `cache_key`, and memory-mapped.
 
-    The ranks share the shards. `datasets` writes each under a temporary name and renames it, so a pass that
-    is interrupted continues at the next shard, with any number of ranks.
+    The ranks share the shards. An interrupted pass continues at the next shard, with any number of ranks.
     """
     key = cache_key(dataset, args, tokenizer, text_encoder, image_encoder)
-    binary = datasets.Value("large_binary")
-    columns = {"latents": binary, "prompt_embeds": datasets.List(binary), "error": datasets.Value("string")}
-    shard_size = max(CACHE_SHARD_SIZE, math.ceil(len(dataset) / MAX_CACHE_SHARDS))
-    starts = range(0, len(dataset), shard_size)
-    shards = [range(start, min(start + shard_size, len(dataset))) for start in starts]
+    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_latents", key)
+    size = max(CACHE_SHARD_SIZE, math.ceil(len(dataset) / MAX_CACHE_SHARDS))
+    shards = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
     own_shards = shards[accelerator.process_index :: accelerator.num_processes]
-    num_rows = sum(map(len, own_shards))
-    progress = tqdm(total=num_rows, desc="Encoding", unit="row", disable=not accelerator.is_main_process)
+    total, is_main_process = sum(map(len, own_shards)), accelerator.is_main_process
+    progress = tqdm(total=total, desc="Encoding", unit="row", disable=not is_main_process)
+    encoders = (tokenizer, text_encoder, image_encoder)
 
-    def load_shard(shard: range) -> datasets.Dataset:
-        dataloader = DataLoader(
-            RowDataset(dataset.select(shard), args),
-            batch_size=CACHE_BATCH_SIZE,
-            collate_fn=collate_rows,
-            num_workers=args.dataloader_num_workers,
-            worker_init_fn=ignore_signals,
-        )
-        return datasets.Dataset.from_generator(
-            encode_rows,
-            features=datasets.Features(columns),
-            cache_dir=args.cache_dir,
-            writer_batch_size=CACHE_BATCH_SIZE,  # the default, 1000 rows, is 200 MB and more
-            gen_kwargs={
-                "dataloader": dataloader,
-                "first_row": shard.start,
-                "args": args,
-                "tokenizer": tokenizer,
-                "text_encoder": text_encoder,
-                "image_encoder": image_encoder,
-                "progress": progress,
-            },
-            fingerprint=f"{key}-{shard.start}-{shard.stop}",
-        )
+    def load_or_encode(shard: range) -> datasets.Dataset:
+        file = folder / f"{shard.start:09d}-{shard.stop:09d}.arrow"
+        rows = RowDataset(dataset.select(shard), args)
+        if load_shard(file, rows) is None:
+            dataloader = DataLoader(
+                rows,
+                batch_size=CACHE_BATCH_SIZE,
+                collate_fn=collate_rows,
+                num_workers=args.dataloader_num_workers,
+                worker_init_fn=ignore_signals,
+            )
+            write_shard(file, encode_rows(dataloader, shard.start, args, *encoders, progress))
+        return load_shard(file, rows)
 
-    datasets.disable_progress_bars()  # one bar for all shards instead of one for each
     location = f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"
-    with progress, explain_errors("--cache_latents", location):
+    worker_errors = explain_worker_errors(args.dataloader_num_workers)
+    with progress, explain_errors("--cache_latents", location), worker_errors:
+        folder.mkdir(parents=True, exist_ok=True)
         num_done = 0
         for shard in own_shards:
-            load_shard(shard)
+            load_or_encode(shard)
             num_done += len(shard)
             progress.update(num_done - progress.n)  # by the rows of a shard that existed already
         accelerator.wait_for_everyone()
-        dataset = datasets.concatenate_datasets([load_shard(shard) for shard in shards])
-    datasets.enable_progress_bars()
-    return dataset
+        return datasets.concatenate_datasets([load_or_encode(shard) for shard in shards])
 
 
 def preprocess_cached(
@@ -1914,8 +2199,10 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     output_dir = Path(args.output_dir)
 
     # Where the run starts: at step 0, or at a checkpoint, whose seed it keeps.
+    lock = lock_output_dir(output_dir) if is_main_process else None  # held while it is referred to
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     stale_checkpoints = find_stale_checkpoints(output_dir, checkpoint, args.overwrite_output_dir)
+    check_output_dir(args, checkpoint)
     state = load_train_state(checkpoint, stale_checkpoints, output_dir)
     first_step = state.global_step
     if args.seed is None:
@@ -1932,15 +2219,16 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     plan = SamplePlan(
         seed=args.seed,
         num_rows=len(train_rows),
-        captions_hash=hash_captions(dataset, args.caption_column),
+        rows_hash=hash_rows(dataset, args),
         num_processes=accelerator.num_processes,
         train_batch_size=args.train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
     )
     check_same_plan(plan, state, checkpoint)
-    state.plan = asdict(plan)
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * plan.num_rows / plan.samples_per_step)
+    report_changed_settings(args, state, checkpoint)
+    state.plan, state.settings = asdict(plan), public_settings(args)
 
     # The models. The encoders are frozen, in half precision under mixed precision; the prior is float32.
     tokenizer, text_encoder, image_encoder = load_encoders(args, frozen_dtype(accelerator), device)
@@ -1969,19 +2257,21 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     # The optimizer and the learning rate. The prior is the checkpoint's already, the optimizer follows.
     if args.compile:
         compile_prior(prior, accelerator, args, empty_embeds)
-    optimizer = make_optimizer(prior, args, device)
+    with explain_errors("--use_8bit_adam", args.use_8bit_adam):
+        optimizer = make_optimizer(prior, args, device)
     register_checkpoint_hooks(accelerator, ema_prior)
     prior, optimizer = accelerator.prepare(prior, optimizer)
     if checkpoint is not None:
         with explain_errors("--resume_from_checkpoint", checkpoint):
             accelerator.load_state(str(checkpoint))
-    lr_scheduler = make_lr_scheduler(optimizer.optimizer, args, first_step)
+    with explain_errors("--lr_scheduler", args.lr_scheduler):
+        lr_scheduler = make_lr_scheduler(optimizer.optimizer, args, first_step)
 
-    # No flag can be wrong from here on, so files of a run that this one does not continue are deleted.
+    # Trackers continue at the checkpoint's step, and so do loss.jsonl and samples/.
     if is_main_process:
-        delete_checkpoints(stale_checkpoints, output_dir)
-        truncate_logs(output_dir, first_step if checkpoint else -1)
-        init_trackers(accelerator, args, state)
+        init_trackers(accelerator, args, state, is_new=checkpoint is None)
+        with only_warn("Truncating loss.jsonl"):
+            truncate_logs(output_dir, first_step if checkpoint else -1)
     logger.info(f"Training from step {first_step} to {args.max_train_steps} on {device}: {plan}")
     if checkpoint is not None and first_step >= args.max_train_steps:
         logger.info(f"{checkpoint}: nothing is left to train, only to save")
@@ -2006,17 +2296,16 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     worker_errors = explain_worker_errors(args.dataloader_num_workers)
     with deferred_signals(signals), worker_errors, progress, logging_redirect_tqdm():
         # Each turn first does what is due after `global_step` steps, and then takes a step: the first turn
-        # validates the untrained prior, the last one takes no step. SIGTERM, at whatever time it arrives, is
-        # obeyed after the next step; outside this block it ends the process at once.
+        # validates the untrained prior, the last one saves a checkpoint and takes no step. A signal that
+        # arrives in a turn is obeyed after its step; after the loop it ends the process at once.
         while True:
-            is_new = state.global_step > first_step
-            if is_new and (stop or state.global_step % args.checkpointing_steps == 0):
-                save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit)
+            is_new, is_last = state.global_step > first_step, state.global_step >= args.max_train_steps
+            if is_new and (stop or is_last or state.global_step % args.checkpointing_steps == 0):
+                check_finite_weights(prior, output_dir, state.global_step)
+                saved = save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit)
             if stop:
-                logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
-                accelerator.end_training()
-                sys.exit(128 + max(signals, default=signal.SIGTERM))
-            if state.global_step >= args.max_train_steps:
+                stop_training(accelerator, output_dir, saved, 128 + max(signals, default=signal.SIGTERM))
+            if is_last:
                 break
             if is_validation_due(state.global_step, args, plan):
                 validator.log_validation(state.global_step)
@@ -2060,6 +2349,9 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             if device.type == "cuda":
                 metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
             log_metrics(accelerator, metrics, step)
+            if stale_checkpoints and is_main_process:  # not before a step has succeeded
+                delete_checkpoints(stale_checkpoints, output_dir)
+            stale_checkpoints = []
             progress.set_postfix_str(
                 f"loss {train_loss:.4f}, lr {metrics['lr']:.2e}, {metrics['images_per_second']:.1f} images/s",
                 refresh=False,
@@ -2067,16 +2359,20 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             progress.update()
 
     # The result is on disk before anything is validated or uploaded.
+    exit_on_signals()
     image_size = None
     with ema_weights(validator.prior, ema_prior):
         if is_main_process:
             image_size = save_pipeline(args, validator.prior, tokenizer, noise_scheduler)
     validator.log_validation(state.global_step)
     if is_main_process:
-        save_model_card(args, image_size, state.global_step, plan, device)
+        with only_warn("Writing README.md"):
+            save_model_card(args, image_size, state.global_step, plan, device)
         if args.push_to_hub:
             push_to_hub(args.hub_model_id, output_dir, state.global_step, args.hub_token)
-    accelerator.end_training()
+    with only_warn("Closing the trackers"):
+        accelerator.end_training()
+    del lock
 
 
 if __name__ == "__main__":

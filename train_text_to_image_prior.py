@@ -1680,15 +1680,12 @@ def save_contact_sheet(output_dir: Path, prompts: list[str], max_columns: int = 
     steps = list_sample_steps(output_dir)
     columns = np.linspace(0, len(steps) - 1, min(len(steps), max_columns)).round().astype(int)
     steps = [steps[column] for column in columns]
-    images = []
-    for row, prompt in enumerate(prompts):
-        for step in steps:
-            image, file = Image.new("RGB", (cell, cell), "white"), sample_file(output_dir, step, row)
-            if file.exists():
-                with Image.open(file) as sample:
-                    if sample.info.get("prompt") == prompt:  # a run may be resumed with other prompts
-                        image = sample.resize((cell, cell))
-            images.append(image)
+    blank, cells = Image.new("RGB", (cell, cell), "white"), {}
+    for step in steps:
+        for file in (output_dir / "samples").glob(f"step-{step:07d}-prompt-*.png"):
+            with Image.open(file) as image:  # by its own prompt: a run may be resumed with others
+                cells[image.info.get("prompt"), step] = image.resize((cell, cell))
+    images = [cells.get((prompt, step), blank) for prompt in prompts for step in steps]
     sheet = make_image_grid(images, rows=len(prompts), cols=len(steps))
     figure = Figure(figsize=(sheet.width / 74, sheet.height / 74), dpi=96)  # the axes take 77 % of it
     axes = figure.subplots()

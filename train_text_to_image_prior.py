@@ -341,7 +341,7 @@ def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: "Tr
         if name != "hub_token":
             config[name] = value if isinstance(value, (int, float, str)) else str(value)
     init_kwargs = {
-        "tensorboard": {"purge_step": state.global_step + 1 if state.plan else 0},
+        "tensorboard": {"purge_step": state.global_step + 1 if state.global_step else 0},
         "wandb": {"id": state.wandb_run_id, "resume": "allow"},
     }
     accelerator.init_trackers(args.tracker_project_name, config, init_kwargs)
@@ -735,6 +735,7 @@ def iterate_batches(
                 raise
             if signals:
                 logger.error(f"Stopped without a checkpoint: no batch arrived within {BATCH_TIMEOUT} seconds")
+                kill_workers()  # PyTorch would wait ten seconds for each that is blocked
                 sys.exit(128 + signals[-1])
             continue  # slow storage
         if "error" in batch:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Würstchen's image encoder: an EfficientNetV2 whose features are mapped to 16 normalized channels.
 
 The published weights are one entry, `effnet_state_dict`, of the multi-gigabyte training file

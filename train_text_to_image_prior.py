@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tune the Würstchen prior, the model that generates an image's latents, 42 times smaller, from its
 caption.
 
@@ -402,7 +403,8 @@ def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
     is_struct = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
     is_binary = isinstance(feature, datasets.Value) and "binary" in feature.dtype
     if not (is_struct or is_binary or isinstance(feature, datasets.Image)):
-        raise SystemExit(f"--image_column={args.image_column}: the column holds {feature}, not images")
+        reason = f"the column holds {feature}, not images: cast it to Image"
+        raise SystemExit(f"--image_column={args.image_column}: {reason}")
     dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
     dataset = dataset.select_columns([args.image_column, args.caption_column])
     if args.max_train_samples is not None:

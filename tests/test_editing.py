@@ -1,6 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
 """The README's example edits, applied to a copy of the script, which is then run as the edited script would
 be."""
-# SPDX-License-Identifier: Apache-2.0
 
 import importlib.util
 import json

@@ -831,7 +831,7 @@ def test_p2_averages_to_054_and_weights_samples_not_batches(train, steady_prior)
     assert run.logged("train_loss")[1] == pytest.approx(by_hand, rel=1e-5)
 
 
-# -------------------------------------------------------------------------- random crops, flips and dropout
+# ------------------------------------------------------------------------------ caption dropout, other flags
 
 
 def parse_flags(**flags):
@@ -852,41 +852,6 @@ def read_pixels(positions=range(64), **flags):
 @pytest.fixture(scope="module")
 def plain_pixels():
     return read_pixels()
-
-
-def test_half_of_the_images_are_flipped_and_not_changed_otherwise(plain_pixels):
-    epochs = [read_pixels(range(64 * epoch, 64 * epoch + 64), random_flip=True) for epoch in range(4)]
-    num_flipped = 0
-    for epoch in epochs:
-        assert epoch.keys() == plain_pixels.keys()
-        for row, pixels in epoch.items():
-            as_is = torch.equal(pixels, plain_pixels[row])
-            assert as_is or torch.equal(pixels, plain_pixels[row].flip(-1))
-            num_flipped += not as_is
-    assert 256 / 2 - 4 * 8 < num_flipped < 256 / 2 + 4 * 8, "four deviations of a fair coin"
-    again = read_pixels(range(64), random_flip=True)
-    assert all(torch.equal(again[row], epochs[0][row]) for row in again), "a function of seed and position"
-
-
-def test_random_crops_are_squares_of_the_resized_image_spread_over_all_of_it():
-    """In an image whose colors encode the position."""
-    across = np.arange(192, dtype=np.uint8)[None, :].repeat(64, 0)
-    image = Image.fromarray(np.stack([across] * 3, -1))
-    image_transforms = script.make_image_transforms(
-        64, script.make_augmentations(parse_flags(random_crop=True))
-    )
-    lefts = []
-    for seed in range(300):
-        with script.seeded_generators(seed):
-            square = image_transforms(image)
-        left = int(square[0, 0, 0])
-        assert np.array_equal(square, np.stack([across[:, left : left + 64]] * 3))
-        lefts.append(left)
-    assert (min(lefts), max(lefts)) == (0, 128)
-    deviation = 129 / 12**0.5
-    assert np.mean(lefts) == pytest.approx(64, abs=4 * deviation / 300**0.5)
-    center = script.make_image_transforms(64)(image)
-    assert np.array_equal(center[0], across[:, 64:128])
 
 
 def test_without_the_flags_every_epoch_has_the_same_pixels(plain_pixels):

@@ -240,14 +240,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# Flags that are secret or only have a meaning on this machine.
-PRIVATE_FLAGS = {
-    "hub_token",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "dataloader_num_workers",
-    "local_rank",
-}
+# Flags that are secret, or whose values only have a meaning on this machine or for this repo.
+PRIVATE_FLAGS = {"hub_token", "hub_model_id", "resume_from_checkpoint", "overwrite_output_dir"}
+PRIVATE_FLAGS |= {"dataloader_num_workers", "local_rank"}
 
 
 def public_args(args: argparse.Namespace) -> str:
@@ -2068,6 +2063,9 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                 refresh=False,
             )
             progress.update()
+
+    if signals:  # while the last checkpoint was written
+        sys.exit(128 + max(signals))
 
     # The result is on disk before anything is validated or uploaded.
     image_size = None

@@ -270,14 +270,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# Flags that are secret or only have a meaning on this machine.
-PRIVATE_FLAGS = {
-    "hub_token",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "dataloader_num_workers",
-    "local_rank",
-}
+# Flags that are secret, or whose values only have a meaning on this machine or for this repo.
+PRIVATE_FLAGS = {"hub_token", "hub_model_id", "resume_from_checkpoint", "overwrite_output_dir"}
+PRIVATE_FLAGS |= {"dataloader_num_workers", "local_rank"}
 
 
 def public_settings(args: argparse.Namespace) -> dict:
@@ -289,7 +284,7 @@ def public_args(args: argparse.Namespace) -> str:
     """The settings as a command line, for image files and the model card, without local paths."""
     words = []
     for name, value in public_settings(args).items():
-        is_local_path = isinstance(value, str) and os.path.exists(value)
+        is_local_path = name.endswith(("_path", "_dir", "dataset_name")) and os.path.exists(str(value))
         if is_local_path or value is None or value is False:
             continue
         if isinstance(value, list):
@@ -416,14 +411,14 @@ def check_destinations(args: argparse.Namespace) -> str:
     return repo_id
 
 
-def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: "TrainState", is_new: bool):
+def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: "TrainState"):
     """Starts the trackers, or continues the curves of the run that is resumed."""
     config = {}
     for name, value in vars(args).items():
         if name != "hub_token":
             config[name] = value if isinstance(value, (int, float, str)) else str(value)
     init_kwargs = {
-        "tensorboard": {"purge_step": 0 if is_new else state.global_step + 1},
+        "tensorboard": {"purge_step": state.global_step + 1 if state.global_step else 0},
         "wandb": {"id": state.wandb_run_id, "resume": "allow"},
     }
     with explain_errors("--report_to", args.report_to):
@@ -468,8 +463,8 @@ def deferred_signals(received: list[int]) -> Iterator[None]:
             signal.signal(number, previous_handler)
 
 
-def exit_on_signals():
-    """Makes a signal raise SystemExit with the status that a stop has during training."""
+def exit_on_signals(received: list[int]):
+    """Makes a signal end the process with the status of a stop, and so does one that was received before."""
 
     def handler(number: int, frame):
         logger.info("Stopped; the same command with --resume_from_checkpoint=latest saves the result")
@@ -478,6 +473,8 @@ def exit_on_signals():
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
+    if received:
+        handler(received[0], None)
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -503,7 +500,8 @@ def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
     is_struct = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
     is_binary = isinstance(feature, datasets.Value) and "binary" in feature.dtype
     if not (is_struct or is_binary or isinstance(feature, datasets.Image)):
-        raise SystemExit(f"--image_column={args.image_column}: the column holds {feature}, not images")
+        reason = f"the column holds {feature}, not images: cast it to Image"
+        raise SystemExit(f"--image_column={args.image_column}: {reason}")
     dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
     dataset = dataset.select_columns([args.image_column, args.caption_column])
     if args.max_train_samples is not None:
@@ -867,6 +865,7 @@ def iterate_batches(
                 raise
             if signals:
                 logger.error(f"Stopped without a checkpoint: no batch arrived within {BATCH_TIMEOUT} seconds")
+                kill_workers()  # PyTorch would wait ten seconds for each that is blocked
                 sys.exit(128 + signals[-1])
             continue  # slow storage
         if "error" in batch:
@@ -2266,7 +2265,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 
     # Trackers continue at the checkpoint's step, and so do loss.jsonl and samples/.
     if is_main_process:
-        init_trackers(accelerator, args, state, is_new=checkpoint is None)
+        init_trackers(accelerator, args, state)
         with only_warn("Truncating loss.jsonl"):
             truncate_logs(output_dir, first_step if checkpoint else -1)
     logger.info(f"Training from step {first_step} to {args.max_train_steps} on {device}: {plan}")
@@ -2356,7 +2355,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             progress.update()
 
     # The result is on disk before anything is validated or uploaded.
-    exit_on_signals()
+    exit_on_signals(signals)
     image_size = None
     with ema_weights(validator.prior, ema_prior):
         if is_main_process:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all tests share: tiny models, real pictures, and two ways to run the real command.
 
 `run_script` starts a fresh process, as a user does, and pays ten seconds for the imports. `run_main` forks

@@ -1,14 +1,15 @@
-# SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face Hub on the loopback, for tests: it speaks the Hub's own protocol, so the real client runs unpatched.
+"""A Hugging Face Hub on the loopback interface, for tests: it implements the Hub's own protocol, so that the
+real client runs unpatched.
 
     with HubServer(tmp_path, tokens={"hf_good": {"name": "tester", "write": True}}) as hub:
         subprocess.run([...], env={**os.environ, **hub.env("hf_good")})
         assert "README.md" in hub.files("tester/prior")
 
-The client reads its settings when it is imported, so it has to run in a process of its own, started with `hub.env()`.
-A repo has one branch, `main`. Each commit is a folder of plain files, `FOLDER/<type>/<repo_id>/<commit>/`; large files
-arrive in `FOLDER/lfs/<sha256>`, and commits hold links to them. Other branches, pull requests, moving and deleting
-repos, `.gitattributes`, a storage on another host and downloads by Xet are not there.
+The client reads its settings when it is imported, so it has to run in a process of its own, started with
+`hub.env()`. A repo has one branch, `main`. Each commit is a folder of plain files,
+`FOLDER/<type>/<repo_id>/<commit>/`; large files are stored in `FOLDER/lfs/<sha256>`, and commits hold links
+to them. Other branches, pull requests, moving and deleting repos, `.gitattributes`, a storage on another host
+and downloads by Xet are not implemented.
 """
 
 import base64
@@ -29,15 +30,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE_SUFFIXES = {".arrow", ".bin", ".jpg", ".npy", ".parquet", ".png", ".pt", ".safetensors", ".webp", ".zip"}
-LARGE_SIZE = 5_000_000  # bytes; the client takes files that are not "large" to be no larger than this
-PIECE = 1 << 20  # bytes of a file that are in memory at a time
+LARGE_SUFFIXES = {".arrow", ".bin", ".jpg", ".npy", ".parquet", ".png", ".pt", ".safetensors"}
+LARGE_SUFFIXES |= {".webp", ".zip"}
+LARGE_SIZE = 5_000_000  # bytes; the client assumes that files which are not "large" are no larger than this
+CHUNK_SIZE = 1 << 20  # bytes of a file that are in memory at a time
 CUT = -1  # `HubServer.fail` returns it to have the connection closed in the middle of the request's body
 
-REPO = r"(?P<repo_id>[^/]+(?:/[^/]+)??)"  # as short as the rest of the address allows
+REPO = r"(?P<repo_id>[^/]+(?:/[^/]+)??)"  # as short as the rest of the URL allows
 API = rf"/api/(?P<repo_type>model|dataset|space)s/{REPO}"
 WEB = rf"/(?:(?P<repo_type>dataset|space)s/)?{REPO}"
-ROUTES = {  # method and address -> method of Handler
+ROUTES = {  # method and URL path -> method of Handler
     r"GET /api/whoami-v2": "whoami",
     r"POST /api/validate-yaml": "validate_yaml",
     r"POST /api/repos/create": "create",
@@ -60,30 +62,31 @@ with hf_xet.XetSession().new_file_download_group(f"local://{store}", "token", 1 
 
 
 class HubError(Exception):
-    """An answer other than success: status, message and, if any, the `X-Error-Code` that the client goes by."""
+    """An error response: status, message and, if any, the `X-Error-Code` from which the client picks its
+    exception."""
 
 
-def address(repo_type, repo_id):
-    """A repo's key in `HubServer.repos`, which is its address on the site."""
+def repo_key(repo_type, repo_id):
+    """A repo's key in `HubServer.repos`, which is its path on the site."""
     return repo_id if repo_type == "model" else f"{repo_type}s/{repo_id}"
 
 
 def is_large(path, size):
-    """Whether the Hub keeps a file out of Git. An empty one never is."""
+    """Whether the Hub stores a file outside Git. An empty file is never large."""
     return size > 0 and (size > LARGE_SIZE or Path(path).suffix in LARGE_SUFFIXES)
 
 
 def sha256_of(source):
-    """Of an open file's rest, without holding it; hashlib.file_digest came with Python 3.11."""
+    """The hash of the rest of an open file, read in chunks. (hashlib.file_digest needs Python 3.11.)"""
     digest = hashlib.sha256()
-    while block := source.read(1 << 20):
-        digest.update(block)
+    while chunk := source.read(CHUNK_SIZE):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
 @functools.cache  # a commit's files never change
 def describe(file):
-    """Size, Git's id and, of a large file, the SHA-256."""
+    """A file's size, its id in Git and, if it is large, its SHA-256."""
     size = file.stat().st_size
     with open(file, "rb") as source:
         sha256 = sha256_of(source) if is_large(file, size) else None
@@ -92,7 +95,7 @@ def describe(file):
     return size, hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest(), sha256
 
 
-def listing(root, paths):
+def list_entries(root, paths):
     """Files and folders as the Hub lists them."""
     entries = []
     for path in sorted(paths):
@@ -107,11 +110,11 @@ class HubServer:
     """The server, a context manager.
 
     tokens: token -> {"name": user, "write": bool, "orgs": other namespaces the user may write to (optional)}.
-    xet: have the client upload large files by Xet, its default, into a folder, instead of by LFS.
-    repos: "user/name", or "datasets/user/name", -> {"type", "id", "private", "commits": [oldest, ..., newest]}.
+    xet: whether the client uploads large files by Xet, its default, into a folder, instead of by LFS.
+    repos: "user/name" or "datasets/user/name" -> {"type", "id", "private", "commits": [oldest, ..., newest]}.
     requests: (method, path without the query, Authorization header or None) of every request so far.
-    fail: function of (method, path); a status it returns is the answer, with a web page as gateways send. After CUT
-        there is none, and only half of what the client sends is read.
+    fail: a function of (method, path). If it returns a status, that is the response, with an HTML page as
+        gateways send it. If it returns CUT, there is no response, and only half of the body is read.
     """
 
     def __init__(self, folder, tokens=None, xet=False):
@@ -133,7 +136,8 @@ class HubServer:
         self.server.server_close()
 
     def env(self, token=None):
-        """Environment that points a new process's client here, with a cache of its own and no other login."""
+        """Environment variables that point a new process's client to this server, with a cache of its own and
+        no other login."""
         online = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "0")
         here = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.folder / "client"), "NO_PROXY": "127.0.0.1"}
         client = {"HF_HUB_DISABLE_XET": "01"[not self.xet], "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -143,35 +147,37 @@ class HubServer:
         """Publishes a copy of a local folder, or an empty repo."""
         repo = {"type": repo_type, "id": repo_id, "private": private, "commits": []}
         self.commit(repo, lambda draft: folder and shutil.copytree(folder, draft, dirs_exist_ok=True))
-        self.repos[address(repo_type, repo_id)] = repo
+        self.repos[repo_key(repo_type, repo_id)] = repo
 
     def files(self, repo_id, repo_type="model"):
         """The newest files of a repo: path -> bytes."""
-        root = self.root(self.repos[address(repo_type, repo_id)])
-        return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        root = self.root(self.repos[repo_key(repo_type, repo_id)])
+        files = [path for path in root.rglob("*") if path.is_file()]
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
     def root(self, repo, commit=-1):
-        """The folder of a commit, by default of the newest."""
+        """The folder of a commit, by default of the newest one."""
         return self.folder / repo["type"] / repo["id"] / repo["commits"][commit]
 
     def commit(self, repo, change):
-        """Makes a commit of what `change` turns a folder of the newest files into; none if it raises."""
+        """Calls `change` on a copy of the newest files and commits the result; no commit if it raises."""
         with self.lock, tempfile.TemporaryDirectory(dir=self.folder) as draft:
             draft, parent = Path(draft) / "draft", repo["commits"][-1:]
             if parent:
                 shutil.copytree(self.root(repo), draft, copy_function=os.link)
             draft.mkdir(exist_ok=True)
             change(draft)
-            content = json.dumps([repo["type"], repo["id"], parent, listing(draft, draft.rglob("*"))])
+            content = json.dumps([repo["type"], repo["id"], parent, list_entries(draft, draft.rglob("*"))])
             commit = hashlib.sha1(content.encode()).hexdigest()
             (self.folder / repo["type"] / repo["id"]).mkdir(parents=True, exist_ok=True)
             draft.rename(self.folder / repo["type"] / repo["id"] / commit)
             repo["commits"].append(commit)
 
     def fetch_from_xet(self, oid, size):
-        """Makes `lfs/<oid>` of a file in the Xet store, which names files by another hash and lists both in "shards".
+        """Writes `lfs/<oid>` from the Xet store, which names files by another hash; its "shards" list both.
 
-        A shard is a row of records of 48 bytes; of a file: its header, segments, their checks, and the SHA-256.
+        A shard is a sequence of 48-byte records; for each file: a header, its segments, their checksums, and
+        the SHA-256.
         """
         for shard in (self.folder / "xet").rglob("shards/*.mdb"):
             data, at = shard.read_bytes(), 48
@@ -180,16 +186,20 @@ class HubServer:
                 last = at + 48 * segments * (1 + (flags >> 31)) + 48 * (flags >> 30 & 1)
                 xet_hash, sha256 = ("%016x" * 4 % struct.unpack_from("<4Q", data, i) for i in (at, last))
                 if sha256 == oid:
-                    with tempfile.TemporaryDirectory(dir=self.folder) as copy:  # the client has locked the original
-                        skip = shutil.ignore_patterns("shard-*")
-                        shutil.copytree(self.folder / "xet", copy, dirs_exist_ok=True, ignore=skip)
-                        fetch = [sys.executable, "-c", XET_FETCH, copy, xet_hash, str(size), self.folder / "lfs" / oid]
-                        return subprocess.run(fetch, env=os.environ | self.env(), check=True)
+                    return self.copy_from_xet(xet_hash, size, self.folder / "lfs" / oid)
                 at = last + 48
+
+    def copy_from_xet(self, xet_hash, size, target):
+        """Writes a file of the Xet store to `target`. The client has locked the store, so a copy is read."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as copy:
+            skip = shutil.ignore_patterns("shard-*")
+            shutil.copytree(self.folder / "xet", copy, dirs_exist_ok=True, ignore=skip)
+            command = [sys.executable, "-c", XET_FETCH, copy, xet_hash, str(size), target]
+            subprocess.run(command, env=os.environ | self.env(), check=True)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A connection: `serve` takes one request of it to its method in ROUTES."""
+    """A connection. `serve` passes each request on it to the method that ROUTES names."""
 
     protocol_version = "HTTP/1.1"  # keeps connections open, as the Hub does
 
@@ -201,7 +211,8 @@ class Handler(BaseHTTPRequestHandler):
         with tempfile.NamedTemporaryFile(dir=self.hub.folder) as self.body:
             try:
                 status = self.hub.fail(self.command, path)
-                self.receive(2 if status == CUT else 1)  # or the next request would begin inside this one's body
+                # Read in any case: otherwise the next request would begin inside this one's body.
+                self.receive_body(divisor=2 if status == CUT else 1)
                 if status == CUT:
                     self.close_connection = True
                     return
@@ -213,41 +224,46 @@ class Handler(BaseHTTPRequestHandler):
                 self.user = self.hub.tokens.get(token)
                 for route, name in ROUTES.items():
                     if match := re.fullmatch(route, f"{self.command} {url.path}"):
-                        return getattr(self, name)(**{k: v and unquote(v) for k, v in match.groupdict().items()})
-                raise HubError(404, f"hub_server does not know {self.command} {path}")
+                        groups = {key: value and unquote(value) for key, value in match.groupdict().items()}
+                        return getattr(self, name)(**groups)
+                raise HubError(404, f"hub_server does not implement {self.command} {path}")
             except HubError as error:
                 status, message, *code = error.args
-                self.reply(status, {"error": message}, {"X-Error-Message": message, "X-Error-Code": "".join(code)})
+                headers = {"X-Error-Message": message, "X-Error-Code": "".join(code)}
+                self.reply(status, {"error": message}, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
 
     def log_message(self, *args):
         pass
 
-    def receive(self, divisor):
+    def receive_body(self, divisor):
+        """Reads the request's body into `self.body`, or only that part of it."""
         if self.headers["Transfer-Encoding"]:
             self.close_connection = True
-            raise HubError(411, "hub_server takes no body without a Content-Length")
+            raise HubError(411, "hub_server does not accept a body without a Content-Length")
         left = int(self.headers["Content-Length"] or 0) // divisor
-        while left and (piece := self.rfile.read(min(left, PIECE))):
-            self.body.write(piece)
-            left -= len(piece)
+        while left and (chunk := self.rfile.read(min(left, CHUNK_SIZE))):
+            self.body.write(chunk)
+            left -= len(chunk)
         self.body.seek(0)
 
     def reply(self, status, content=b"", headers=None):
-        """Answers with JSON, a page, or a Path's bytes: all of them, or the range that was asked for."""
+        """Sends JSON, a page, or a Path's bytes: all of them, or the requested range."""
         headers = self.repo_headers | (headers or {})
         if isinstance(content, (dict, list)):
             content, headers["Content-Type"] = json.dumps(content).encode(), "application/json"
         with open(content, "rb") if isinstance(content, Path) else io.BytesIO(content) as source:
-            start, stop = 0, (size := source.seek(0, os.SEEK_END))
-            asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers["Range"] or "")
-            if asked and status == 200 and self.command == "GET":
-                first, last = asked.groups()
+            size = source.seek(0, os.SEEK_END)
+            start, stop = 0, size
+            requested = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers["Range"] or "")
+            if requested and status == 200 and self.command == "GET":
+                first, last = requested.groups()
                 start = int(first) if first else max(size - int(last), 0)
                 stop = min(int(last) + 1, size) if first and last else size
                 status = 206 if start < stop else 416
-                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}" if status == 206 else f"bytes */{size}"
+                sent_range = f"{start}-{stop - 1}" if status == 206 else "*"
+                headers["Content-Range"] = f"bytes {sent_range}/{size}"
             self.send_response(status)
             headers = {"Content-Type": "text/html", **headers, "Content-Length": max(stop - start, 0)}
             for name, value in headers.items():
@@ -255,24 +271,25 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             source.seek(start)
             while self.command != "HEAD" and start < stop:
-                start += self.wfile.write(source.read(min(stop - start, PIECE)))
+                start += self.wfile.write(source.read(min(stop - start, CHUNK_SIZE)))
 
     def owns(self, namespace):
         return self.user is not None and namespace in (self.user["name"], *self.user.get("orgs", ()))
 
-    def need_write(self, namespace):
+    def require_write(self, namespace):
         if self.user is None:
             raise HubError(401, "Invalid username or password.")
         if not (self.user["write"] and self.owns(namespace)):
             raise HubError(403, f"You don't have the rights to write under the namespace {namespace!r}")
 
     def open_repo(self, repo_type, repo_id, revision="main", write=False):
-        """The repo, and the folder of a revision of it."""
-        repo, namespace = self.hub.repos.get(address(repo_type or "model", repo_id)), repo_id.split("/")[0]
+        """The repo, and the folder of one of its revisions."""
+        repo = self.hub.repos.get(repo_key(repo_type or "model", repo_id))
+        namespace = repo_id.split("/")[0]
         if repo is None or (repo["private"] and not self.owns(namespace)):
             raise HubError(404 if self.user else 401, "Repository not found", "RepoNotFound")
         if write:
-            self.need_write(namespace)
+            self.require_write(namespace)
         if revision not in (None, "main", *repo["commits"]):
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         root = self.hub.root(repo, repo["commits"].index(revision) if revision in repo["commits"] else -1)
@@ -280,7 +297,7 @@ class Handler(BaseHTTPRequestHandler):
         return repo, root
 
     def whoami(self):
-        self.user or self.need_write(None)
+        self.user or self.require_write(None)
         role = {"accessToken": {"displayName": "token", "role": "write" if self.user["write"] else "read"}}
         orgs = [{"type": "org", "name": name} for name in self.user.get("orgs", ())]
         self.reply(200, {"type": "user", "name": self.user["name"], "orgs": orgs, "auth": role})
@@ -290,40 +307,43 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}] * absent})
 
     def create(self):
-        asked = json.load(self.body)
-        repo_type, namespace = asked.get("type") or "model", asked.get("organization") or (self.user or {}).get("name")
-        self.need_write(namespace)
-        repo_id = f"{namespace}/{asked['name']}"
-        answer = {"url": f"{self.hub.url}/{address(repo_type, repo_id)}", "name": repo_id}
+        request = json.load(self.body)
+        repo_type = request.get("type") or "model"
+        namespace = request.get("organization") or (self.user or {}).get("name")
+        self.require_write(namespace)
+        repo_id = f"{namespace}/{request['name']}"
+        response = {"url": f"{self.hub.url}/{repo_key(repo_type, repo_id)}", "name": repo_id}
         with self.hub.lock:
-            if address(repo_type, repo_id) in self.hub.repos:
-                return self.reply(409, {"error": f"You already created this {repo_type} repo", **answer})
-            self.hub.add_repo(repo_id, repo_type=repo_type, private=asked.get("visibility") == "private")
-        self.reply(200, answer)
+            if repo_key(repo_type, repo_id) in self.hub.repos:
+                return self.reply(409, {"error": f"You already created this {repo_type} repo", **response})
+            private = request.get("visibility") == "private"
+            self.hub.add_repo(repo_id, repo_type=repo_type, private=private)
+        self.reply(200, response)
 
     def preupload(self, repo_type, repo_id, revision):
         _, root = self.open_repo(repo_type, repo_id, revision, write=True)
-        answers = []
+        responses = []
         for file in json.load(self.body)["files"]:
             mode = "lfs" if is_large(file["path"], file["size"]) else "regular"
-            answer = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
-            if (root / file["path"]).is_file():  # the client does not send again what has not changed
+            response = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+            if (root / file["path"]).is_file():  # the client does not send an unchanged file again
                 _, oid, sha256 = describe(root / file["path"])
-                answer["oid"] = sha256 or oid
-            answers.append(answer)
-        self.reply(200, {"files": answers})
+                response["oid"] = sha256 or oid
+            responses.append(response)
+        self.reply(200, {"files": responses})
 
     def lfs_batch(self, repo_type, repo_id):
         self.open_repo(repo_type, repo_id, write=True)
         objects = json.load(self.body)["objects"]
-        for wanted in objects:
-            if not (self.hub.folder / "lfs" / wanted["oid"]).exists():  # its address takes no token, as a signed one
-                wanted["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}}
+        for entry in objects:
+            if not (self.hub.folder / "lfs" / entry["oid"]).exists():
+                # Like the Hub's signed URLs, this one needs no token.
+                entry["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}"}}
         self.reply(200, {"transfer": "basic", "objects": objects})
 
     def lfs_put(self, oid):
         if sha256_of(self.body) != oid:
-            raise HubError(400, "the content is not what its address says")
+            raise HubError(400, "the content does not have the hash in the URL")
         with self.hub.lock:
             if not (self.hub.folder / "lfs" / oid).exists():
                 os.link(self.body.name, self.hub.folder / "lfs" / oid)
@@ -339,14 +359,15 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, repo_type, repo_id, revision):
         repo, _ = self.open_repo(repo_type, repo_id, revision, write=True)
         if revision != "main" or "create_pr" in self.query:
-            raise HubError(501, "hub_server takes commits to main only")
-        self.hub.commit(repo, lambda draft: [self.apply(repo, draft, **json.loads(line)) for line in self.body])
+            raise HubError(501, "hub_server accepts commits to main only")
+        operations = [json.loads(line) for line in self.body]
+        self.hub.commit(repo, lambda draft: [self.apply(repo, draft, **entry) for entry in operations])
         commit = repo["commits"][-1]
-        url = f"{self.hub.url}/{address(repo_type, repo_id)}/commit/{commit}"
+        url = f"{self.hub.url}/{repo_key(repo_type, repo_id)}/commit/{commit}"
         self.reply(200, {"success": True, "commitOid": commit, "commitUrl": url})
 
     def apply(self, repo, draft, key, value):
-        """Carries out one line of a commit."""
+        """Applies one line of a commit to the folder `draft`."""
         if key == "header":
             if value.get("parentCommit", repo["commits"][-1]) != repo["commits"][-1]:
                 raise HubError(412, "A commit has happened since. Please refresh and try again.")
@@ -357,7 +378,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
             return shutil.rmtree(file) if file.is_dir() else file.unlink()
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)  # it is shared with older commits
+        file.unlink(missing_ok=True)  # it is a link that older commits share
         if key == "file":
             return file.write_bytes(base64.b64decode(value["content"]))
         if self.hub.xet and not large.exists():
@@ -369,7 +390,7 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, repo_type, repo_id, revision):
         repo, root = self.open_repo(repo_type, repo_id, revision)
         siblings = []
-        for file in listing(root, (path for path in root.rglob("*") if path.is_file())):
+        for file in list_entries(root, (path for path in root.rglob("*") if path.is_file())):
             sizes = {"size": file["size"], "blobId": file["oid"]} if "blobs" in self.query else {}
             siblings.append({"rfilename": file["path"], **sizes})
         known = {"id": repo_id, "author": repo_id.split("/")[0], "sha": root.name, "private": repo["private"]}
@@ -381,12 +402,12 @@ class Handler(BaseHTTPRequestHandler):
         if not folder.is_dir():
             raise HubError(404, f"{path} does not exist", "EntryNotFound")
         recursive = self.query.get("recursive", [""])[0].lower() == "true"
-        self.reply(200, listing(root, folder.rglob("*") if recursive else folder.iterdir()))
+        self.reply(200, list_entries(root, folder.rglob("*") if recursive else folder.iterdir()))
 
     def paths_info(self, repo_type, repo_id, revision):
         _, root = self.open_repo(repo_type, repo_id, revision)
         paths = [root / path for path in parse_qs(self.body.read().decode())["paths"]]
-        self.reply(200, listing(root, (path for path in paths if path.exists())))
+        self.reply(200, list_entries(root, (path for path in paths if path.exists())))
 
     def resolve(self, repo_type, repo_id, revision, path):
         _, root = self.open_repo(repo_type, repo_id, revision)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """--compile trains as the prior does without it.
 
-Without a GPU, CUDA graphs are played by `PlayedGraphs`, which has what is treacherous about them: outputs and
-gradients lie in memory that the next replay overwrites, and what was not copied into the graphs' own inputs is not
-seen. The compiler is PyTorch's own. The last tests are for a machine with a GPU, which skips the others:
-`pytest tests/test_compile.py -m "slow or not slow"`.
+Without a GPU, `FakeGraphs` stands in for CUDA graphs and imitates their pitfalls: outputs and gradients are
+in memory that the next replay overwrites, and only what was copied into the graphs' own inputs is seen. The
+compiler is PyTorch's own. The last tests need a GPU, on which the others are skipped:
+
+    pytest tests/test_compile.py -m "slow or not slow"
 """
 
 import functools
@@ -14,20 +15,15 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-import test_training
 import torch
-from accelerate import DistributedType
 from accelerate.utils import DynamoBackend
-from test_training import assert_goes_on_as, distance, resumed, same
+from conftest import assert_continues_as, distance, resumed, same_weights
 from tiny_models import PRIOR_TEXT_WIDTH, make_prior
 
-import modeling_efficient_net_encoder as encoding
+import train_text_to_image_prior as script
 
-finished_runs, train, train_ranks = test_training.finished_runs, test_training.train, test_training.train_ranks
-steady_prior = test_training.steady_prior
-
-# Epochs of 14 rows end within updates, and validation is in between. AdamW's first step is the gradient's sign, which
-# is rounding noise where the gradient is zero; with this epsilon it is not.
+# Epochs of 14 rows end within steps, and validation is in between. AdamW's first step is the gradient's sign,
+# which is rounding noise where the gradient is zero; with this epsilon it is not.
 STEPS = {
     "max_train_steps": 5,
     "train_batch_size": 2,
@@ -41,21 +37,24 @@ STEPS = {
     "adam_epsilon": 1e-3,
     "max_grad_norm": 0.1,
 }
-LEFT_OUT = "--compile is left out: "
-PARTITIONED = "aot_eager_decomp_partition"  # divides forward from backward as the real compiler, and stops there
-cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="plays a GPU where there is none")
+CHECKPOINTING = {"gradient_checkpointing": True, "cache_latents": True}
+BF16 = {"mixed_precision": "bf16"}
+IGNORED = "--compile is ignored: "
+# A backend that separates forward from backward as the real compiler does, but compiles neither.
+PARTITIONED = "aot_eager_decomp_partition"
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="imitates a GPU where there is none")
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+slow = pytest.mark.slow
 
 
-def steady(prior, accumulation):
-    """STEPS of a prior without dropout."""
+def steps_without_dropout(prior, accumulation):
     return STEPS | {"gradient_accumulation_steps": accumulation, "pretrained_prior_model_name_or_path": prior}
 
 
-# ------------------------------------------------------------------------------------- what stands in for a GPU
+# ----------------------------------------------------------------------------------- what stands in for a GPU
 
 
-class PlayedGraphs:
+class FakeGraphs:
     """torch.cuda.make_graphed_callables without a GPU, for one module: same memory, same order, no graphs."""
 
     def __init__(self, module, samples):
@@ -63,16 +62,21 @@ class PlayedGraphs:
         self.weights = tuple(module.parameters())
         self.inputs = [sample.clone() for sample in samples]
         autocast = torch.is_autocast_enabled("cpu")
-        assert not (autocast and torch.is_autocast_cache_enabled()), "it would keep weights from before an update"
-        self.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, autocast, cache_enabled=False)
+        cached = autocast and torch.is_autocast_cache_enabled()
+        assert not cached, "the graphs would keep half-precision weights from before a step"
+        self.autocast = functools.partial(
+            torch.autocast, "cpu", torch.bfloat16, autocast, cache_enabled=False
+        )
         for _ in range(3):
             output = self.run(*self.inputs)
-            gradients = torch.autograd.grad(output, self.weights, torch.empty_like(output).fill_(float("nan")))
-        self.output, self.gradients = output.detach().clone(), [gradient.clone() for gradient in gradients]
+            nans = torch.empty_like(output).fill_(float("nan"))
+            gradients = torch.autograd.grad(output, self.weights, nans)
+        self.output = output.detach().clone()
+        self.gradients = [gradient.clone() for gradient in gradients]
         module.forward = self.forward
 
     def forward(self, *inputs):
-        assert self.module.training == self.training, "validation is not to be compiled, which would take long"
+        assert self.module.training == self.training, "validation should not be compiled: it would take long"
         return Replay.apply(self, *inputs, *self.weights)
 
 
@@ -84,7 +88,7 @@ class Replay(torch.autograd.Function):
         for static, given in zip(graphs.inputs, inputs, strict=False):
             assert static.shape == given.shape and static.dtype == given.dtype
             static.copy_(given)
-        with torch.enable_grad(), graphs.autocast():  # as when it was captured, whatever is around it now
+        with torch.enable_grad(), graphs.autocast():  # as at capture, whatever autocast is active now
             graphs.tape = graphs.run(*graphs.inputs)
         return graphs.output.copy_(graphs.tape.detach()).detach()
 
@@ -98,63 +102,60 @@ class Replay(torch.autograd.Function):
         return None, None, None, None, *(static.detach() for static in graphs.gradients)
 
 
-def played_graphs(module, samples):
-    return PlayedGraphs(module, samples).module
-
-
-def accelerators_state(kind, backend):
-    return SimpleNamespace(distributed_type=kind, dynamo_plugin=SimpleNamespace(backend=backend))
+def make_fake_graphs(module, samples):
+    return FakeGraphs(module, samples).module
 
 
 class Cuda(str):
+    """A device's name that says it is a GPU and is used as the CPU."""
+
     type = "cuda"
 
 
-def play(make=None, backend=PARTITIONED):
-    """Makes compile_prior take the CPU for a GPU, and counts what is compiled."""
-    compile_prior, compiled = encoding.compile_prior, torch.compile
-    torch.cuda.make_graphed_callables = make or played_graphs
-    torch.compile = functools.partial(compiled, backend=backend)
+def fake_accelerator(backend, autocast=nullcontext):
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend))
+    return SimpleNamespace(device=Cuda("cpu"), autocast=autocast, state=state)
 
-    def compile_as_if(prior, accelerator, args, prompt_embeds):
-        ranks = {DistributedType.MULTI_CPU: DistributedType.MULTI_GPU}
-        kind = ranks.get(accelerator.distributed_type, accelerator.distributed_type)
-        state = accelerators_state(kind, accelerator.state.dynamo_plugin.backend)
-        shown = SimpleNamespace(device=Cuda("cpu"), autocast=accelerator.autocast, state=state)
-        compile_prior(prior, shown, args, prompt_embeds)
+
+def fake_gpu(make_graphs=make_fake_graphs, backend=PARTITIONED):
+    """Makes compile_prior take the CPU for a GPU, and prints how often something is compiled."""
+    compile_prior = script.compile_prior
+    torch.cuda.make_graphed_callables = make_graphs
+    torch.compile = functools.partial(torch.compile, backend=backend)
+
+    def compile_on_fake_gpu(prior, accelerator, args, prompt_embeds):
+        fake = fake_accelerator(accelerator.state.dynamo_plugin.backend, accelerator.autocast)
+        compile_prior(prior, fake, args, prompt_embeds)
         print("compiled", torch._dynamo.utils.counters["stats"]["unique_graphs"], "times", flush=True)
 
-    encoding.compile_prior = compile_as_if
+    script.compile_prior = compile_on_fake_gpu
 
 
-def play_failure():
-    play(make=fail)
+def fake_gpu_without_compiler():
+    fake_gpu(raise_no_compiler)
 
 
-def fail(*_):
+def raise_no_compiler(*_):
     raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
 
 
-# ------------------------------------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 
 def assert_trains_alike(compiled, plain, exact=None, tolerance=1e-4):
-    """Weights and average of each update as those of `plain`, and what was logged. In half precision both differ from
-    `exact`, a run in float32, and the compiled one must not do so by much more."""
+    """Compares the weights, their average and the logged values of each step with those of `plain`. In half
+    precision both differ from `exact`, a run in float32, and the compiled one must not differ by much
+    more."""
     moved = distance(plain.prior(5), plain.prior(1))
-    for update, name in itertools.product(range(1, 6), ("prior", "prior_ema")):
-        here, there = compiled.prior(update, name), plain.prior(update, name)
+    for step, name in itertools.product(range(1, 6), ("prior", "prior_ema")):
+        here, there = compiled.prior(step, name), plain.prior(step, name)
         if exact is None:
-            assert distance(here, there) < tolerance * moved, (update, name)
+            assert distance(here, there) < tolerance * moved, (step, name)
         else:
-            rounding = distance(there, exact.prior(update, name))
-            assert distance(here, exact.prior(update, name)) < 2 * rounding, (update, name)
+            rounding = distance(there, exact.prior(step, name))
+            assert distance(here, exact.prior(step, name)) < 2 * rounding, (step, name)
     for tag in ("train_loss", "grad_norm", "lr", "val_loss"):
         assert compiled.logged(tag) == pytest.approx(plain.logged(tag), rel=tolerance), tag
-
-
-CHECKPOINTING, BF16 = {"gradient_checkpointing": True, "cache_latents": True}, {"mixed_precision": "bf16"}
-slow = pytest.mark.slow
 
 
 @cpu_only
@@ -170,104 +171,100 @@ slow = pytest.mark.slow
         pytest.param(3, CHECKPOINTING | BF16, "inductor", marks=slow),
     ],
 )
-def test_a_run_is_that_of_the_uncompiled_prior(train, steady_prior, accumulation, flags, backend):
-    """Weights, average, losses, norms and validation of each update; without dropout, of which each draws its own."""
-    steps = steady(steady_prior, accumulation)
-    compiled = train(functools.partial(play, backend=backend), **steps, **flags, compile=True)
+def test_a_compiled_run_equals_the_uncompiled_one(train, steady_prior, accumulation, flags, backend):
+    """In the weights, their average, losses, norms and validation of each step. Without dropout, for which
+    both use other random numbers."""
+    steps = steps_without_dropout(steady_prior, accumulation)
+    compiled = train(functools.partial(fake_gpu, backend=backend), **steps, **flags, compile=True)
     plain = train(**steps, **flags)
     assert compiled.returncode == plain.returncode == 0, (compiled, plain)
-    assert compiled.output.count("replayed forward") == compiled.output.count("replayed backward") == 5 * accumulation
-    assert "compiled 1 times" in compiled.output and LEFT_OUT not in compiled.output
+    for direction in ("forward", "backward"):
+        assert compiled.output.count(f"replayed {direction}") == 5 * accumulation
+    assert "compiled 1 times" in compiled.output and IGNORED not in compiled.output
     exact = train(**steps, **flags | {"mixed_precision": "no"}) if "mixed_precision" in flags else None
     assert_trains_alike(compiled, plain, exact, 2e-2 if exact else 1e-4)
 
 
 @cpu_only
 @slow
-def test_8bit_adam_takes_the_graphs_gradients(train, steady_prior):
+def test_8bit_adam_trains_on_the_graphs_gradients(train, steady_prior):
     pytest.importorskip("bitsandbytes")
-    steps = steady(steady_prior, 2)
-    compiled, plain = (train(m, **steps, use_8bit_adam=True, compile=bool(m)) for m in (play, None))
+    steps = steps_without_dropout(steady_prior, 2)
+    flags = steps | {"use_8bit_adam": True}
+    compiled, plain = train(fake_gpu, **flags, compile=True), train(**flags)
     assert compiled.returncode == plain.returncode == 0, (compiled, plain)
     assert_trains_alike(compiled, plain, tolerance=1e-2)
 
 
 @cpu_only
 @slow
-def test_a_resumed_run_ends_as_the_unbroken_one(train, tmp_path):
-    """With dropout, which follows from the seed and the update as everything else does."""
+def test_a_resumed_compiled_run_continues_with_the_same_bits(train, tmp_path):
+    """With dropout, which follows from the seed and the step as everything else does."""
     steps = STEPS | {"gradient_accumulation_steps": 3, "compile": True}
-    run = train(play, **steps)
+    run = train(fake_gpu, **steps)
     assert run.returncode == 0, run
-    again = resumed(functools.partial(train, play), run, 2, tmp_path, **steps)
-    assert_goes_on_as(again, run, 2, 5)
+    again = resumed(functools.partial(train, fake_gpu), run, 2, tmp_path, **steps)
+    assert_continues_as(again, run, 2, 5)
 
 
 @cpu_only
 @slow
-def test_two_ranks_share_their_gradients(train_ranks, steady_prior):
-    steps = steady(steady_prior, 2)
-    compiled, plain = train_ranks(play, **steps, compile=True), train_ranks(**steps)
+def test_two_compiled_ranks_average_their_gradients(train_ranks, steady_prior):
+    steps = steps_without_dropout(steady_prior, 2)
+    compiled, plain = train_ranks(fake_gpu, **steps, compile=True), train_ranks(**steps)
     assert all(run.returncode == 0 for run in (*compiled, *plain)), (*compiled, *plain)
     assert all(run.output.count("replayed backward") == 10 for run in compiled)
     assert_trains_alike(compiled[0], plain[0])
 
 
-# ------------------------------------------------------------------------------------------- where it cannot be
+# ---------------------------------------------------------------------------------------- where it is ignored
 
 
 @cpu_only
-def test_on_a_cpu_it_is_left_out_with_one_line(train):
+def test_compile_is_ignored_on_a_cpu_with_one_line(train):
     compiled, plain = train(**STEPS, compile=True), train(**STEPS)
     assert compiled.returncode == 0, compiled
-    assert compiled.output.count(LEFT_OUT) == 1 and "it is for CUDA" in compiled.output
-    assert same(compiled.prior(), plain.prior())
+    assert compiled.output.count(IGNORED) == 1 and "it is for CUDA" in compiled.output
+    assert same_weights(compiled.prior(), plain.prior())
 
 
 @cpu_only
-def test_without_a_compiler_it_is_left_out_with_one_line(train):
+def test_compile_is_ignored_without_a_compiler_with_one_line(train):
     steps = STEPS | {"gradient_accumulation_steps": 2}
-    compiled, plain = train(play_failure, **steps, compile=True), train(**steps)
+    compiled, plain = train(fake_gpu_without_compiler, **steps, compile=True), train(**steps)
     assert compiled.returncode == 0, compiled
-    told = [line for line in compiled.output.splitlines() if LEFT_OUT in line]
-    assert len(told) == 1 and told[0].endswith(
+    (line,) = (line for line in compiled.output.splitlines() if IGNORED in line)
+    assert line.endswith(
         "RuntimeError: Failed to find C compiler. Please specify via CC environment variable"
     )
-    assert same(compiled.prior(), plain.prior()) and "Traceback" not in compiled.output
+    assert same_weights(compiled.prior(), plain.prior()) and "Traceback" not in compiled.output
 
 
 @cpu_only
 @slow
-def test_accelerates_own_compiling_works_and_goes_first(train, steady_prior):
-    steps = steady(steady_prior, 2)
-    theirs, plain = train(env={"ACCELERATE_DYNAMO_BACKEND": "eager"}, **steps, compile=True), train(**steps)
+def test_accelerates_own_compiling_works_and_has_precedence(train, steady_prior):
+    steps = steps_without_dropout(steady_prior, 2)
+    theirs = train(env={"ACCELERATE_DYNAMO_BACKEND": "eager"}, **steps, compile=True)
+    plain = train(**steps)
     assert theirs.returncode == plain.returncode == 0, (theirs, plain)
-    assert LEFT_OUT in theirs.output
+    assert IGNORED in theirs.output
     assert_trains_alike(theirs, plain)
 
 
-@pytest.mark.parametrize(
-    ("kind", "backend"),
-    [
-        (DistributedType.DEEPSPEED, DynamoBackend.NO),
-        (DistributedType.FSDP, DynamoBackend.NO),
-        (DistributedType.NO, DynamoBackend.INDUCTOR),
-    ],
-)
-def test_what_it_does_not_go_with_is_left_alone(monkeypatch, kind, backend):
-    said, prior = [], make_prior()
-    monkeypatch.setattr(encoding.logger, "warning", said.append)
-    state = accelerators_state(kind, backend)
-    encoding.compile_prior(prior, SimpleNamespace(device=Cuda("cpu"), state=state), None, None)
+def test_a_prior_that_accelerate_compiles_is_left_as_it_is(monkeypatch):
+    warnings, prior = [], make_prior()
+    monkeypatch.setattr(script.logger, "warning", warnings.append)
+    script.compile_prior(prior, fake_accelerator(DynamoBackend.INDUCTOR), None, None)
     assert "forward" not in vars(prior)
-    assert len(said) == 1 and said[0].startswith(LEFT_OUT)
+    assert len(warnings) == 1 and warnings[0].startswith(IGNORED)
 
 
-# ------------------------------------------------------------------------------- dropout, with the real compiler
+# ---------------------------------------------------------------------------- dropout, with the real compiler
 
 
-def apart(test):
-    """The test in a fork of its own: once autograd's threads run, nothing that this process forks can use autograd."""
+def in_a_fork(test):
+    """Runs the test in a fork: once autograd's threads run in this process, no process forked from it can use
+    autograd."""
 
     @functools.wraps(test)
     def run():
@@ -279,43 +276,42 @@ def apart(test):
     return run
 
 
-def played():
-    """A prior with much dropout, and its compiled twin: functions of latents, timesteps and embeddings."""
+def priors_with_dropout():
+    """A prior with much dropout, and a compiled copy: functions of latents, timesteps and embeddings."""
     prior = make_prior(dropout=0.5).train()
     compiled = make_prior(dropout=0.5)
     args = SimpleNamespace(
         train_batch_size=4, resolution=128, gradient_accumulation_steps=1, gradient_checkpointing=True
     )
-    state = accelerators_state(DistributedType.NO, DynamoBackend.NO)
-    shown = SimpleNamespace(device=Cuda("cpu"), state=state, autocast=nullcontext)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "make_graphed_callables", played_graphs)
-        patch.setattr(encoding.logger, "info", lambda text: None)  # it wants an Accelerator
-        encoding.compile_prior(compiled, shown, args, torch.zeros(1, 77, PRIOR_TEXT_WIDTH))
-    assert "replay" in compiled.forward.__code__.co_freevars
+        patch.setattr(torch.cuda, "make_graphed_callables", make_fake_graphs)
+        patch.setattr(script.logger, "info", lambda text: None)  # it wants an Accelerator
+        prompt_embeds = torch.zeros(1, 77, PRIOR_TEXT_WIDTH)
+        script.compile_prior(compiled, fake_accelerator(DynamoBackend.NO), args, prompt_embeds)
+    assert "graphed_forward" in compiled.forward.__code__.co_freevars
     return prior, compiled
 
 
-def inputs():
-    draw = torch.Generator().manual_seed(1)
+def make_inputs():
+    generator = torch.Generator().manual_seed(1)
     return (
-        torch.randn(4, 16, 4, 4, generator=draw),
-        torch.rand(4, generator=draw),
-        torch.randn(4, 77, PRIOR_TEXT_WIDTH, generator=draw),
+        torch.randn(4, 16, 4, 4, generator=generator),
+        torch.rand(4, generator=generator),
+        torch.randn(4, 77, PRIOR_TEXT_WIDTH, generator=generator),
     )
 
 
 @cpu_only
 @slow
-@apart
-def test_the_backward_pass_makes_the_forward_passs_dropout_again():
-    """The loss along its own gradient rises as the gradient says, with one seed's dropout."""
-    _, prior = played()
+@in_a_fork
+def test_the_backward_pass_repeats_the_dropout_of_the_forward_pass():
+    """With one seed's dropout, the loss along its gradient rises as the gradient predicts."""
+    _, prior = priors_with_dropout()
     target = torch.randn(4, 16, 4, 4, generator=torch.Generator().manual_seed(2))
 
     def loss():
         torch.manual_seed(3)
-        return (prior(*inputs()) - target).square().mean()
+        return (prior(*make_inputs()) - target).square().mean()
 
     loss().backward()
     gradients = [weight.grad.clone() for weight in prior.parameters()]
@@ -331,41 +327,44 @@ def test_the_backward_pass_makes_the_forward_passs_dropout_again():
 
 @cpu_only
 @slow
-@apart
-def test_dropout_has_the_same_distribution():
-    """Mean and variance of what each of the priors predicts, over many seeds."""
+@in_a_fork
+def test_compiled_dropout_has_the_same_distribution():
+    """Mean and variance of the predictions of each of the priors, over many seeds."""
     found = []
-    for prior in played():
+    for prior in priors_with_dropout():
         with torch.no_grad():
             torch.manual_seed(4)
-            drawn = torch.stack([prior(*inputs()).clone() for _ in range(400)]).double()
-        found.append((drawn.mean(0), drawn.var(0)))
+            predicted = torch.stack([prior(*make_inputs()).clone() for _ in range(400)]).double()
+        found.append((predicted.mean(0), predicted.var(0)))
     (mean, variance), (compiled_mean, compiled_variance) = found
     errors = (compiled_mean - mean) / (2 * variance / 400).sqrt()
-    assert errors.square().mean().item() == pytest.approx(1, abs=0.25), "means differ by their standard errors"
+    # The means differ by their standard errors.
+    assert errors.square().mean().item() == pytest.approx(1, abs=0.25)
     assert (compiled_variance.mean() / variance.mean()).item() == pytest.approx(1, abs=0.05)
 
 
-# -------------------------------------------------------------------------------------------- where there is a GPU
+# --------------------------------------------------------------------------------------------------- on a GPU
 
 
 @gpu_only
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("flags", [{}, CHECKPOINTING], ids=["", "checkpointing"])
-def test_on_a_gpu_a_run_is_that_of_the_uncompiled_prior(train, steady_prior, accumulation, precision, flags):
-    steps = steady(steady_prior, accumulation)
+def test_on_a_gpu_a_compiled_run_equals_the_uncompiled_one(
+    train, steady_prior, accumulation, precision, flags
+):
+    steps = steps_without_dropout(steady_prior, accumulation)
     compiled = train(**steps, **flags, mixed_precision=precision, compile=True)
     plain = train(**steps, **flags, mixed_precision=precision)
     assert compiled.returncode == plain.returncode == 0, (compiled, plain)
-    assert LEFT_OUT not in compiled.output and "Compiling" in compiled.output
+    assert IGNORED not in compiled.output and "Compiling" in compiled.output
     exact = None if precision == "no" else train(**steps, **flags, mixed_precision="no")
     assert_trains_alike(compiled, plain, exact, 5e-2 if exact else 1e-2)  # convolutions are in TF32
 
 
 @gpu_only
-def test_on_a_gpu_a_resumed_run_draws_as_the_unbroken_one(train, tmp_path):
-    """With dropout. Kernels add up in any order, so not to the bit; another dropout would be another loss."""
+def test_on_a_gpu_a_resumed_compiled_run_has_the_same_dropout(train, tmp_path):
+    """Kernels add in any order, so not to the bit; other random numbers would give another loss."""
     steps = STEPS | {"gradient_accumulation_steps": 3, "compile": True}
     run = train(**steps)
     assert run.returncode == 0, run

@@ -1,6 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run that fails ends: with the error, a status that is not 0, and within seconds, whatever its processes
 do."""
-# SPDX-License-Identifier: Apache-2.0
 
 import os
 import shutil

@@ -1,5 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The test double in hub_server.py against the real clients: huggingface_hub, datasets and diffusers, unpatched."""
+"""The Hub in hub_server.py with the real, unpatched clients: huggingface_hub, datasets and diffusers."""
 
 import hashlib
 import json
@@ -12,9 +11,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from conftest import PICTURES
 from hub_server import HubServer
 
-PICTURES = Path(__file__).parent / "data" / "emoji-64"
 TOKENS = {
     "hf_good": {"name": "tester", "write": True, "orgs": ["lab"]},
     "hf_read": {"name": "tester", "write": False},
@@ -29,24 +28,24 @@ def hub(tmp_path, request):
 
 
 def run_client(hub, code, token=None, **names):
-    """Runs code in a new process whose Hub is `hub`, with `names` defined; returns what it left in `result`."""
-    script = f"import json\nglobals().update(json.loads({json.dumps(json.dumps(names))}))\nresult = {{}}\n{code}\n"
-    script += "print('\\n' + json.dumps(result))"
+    """Runs code in a new process whose Hub is `hub`, with `names` defined; returns its variable `result`."""
+    setup = f"import json\nglobals().update(json.loads({json.dumps(json.dumps(names))}))\nresult = {{}}\n"
+    command = [sys.executable, "-c", f"{setup}{code}\nprint('\\n' + json.dumps(result))"]
     env = {**os.environ, **hub.env(token), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def read_folder(folder):
     """path -> bytes of every file."""
-    folder = Path(folder)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture
 def model(tmp_path):
-    """A folder with a card, a large file and small ones."""
+    """A folder with a card, a large file and small files."""
     folder = tmp_path / "model"
     (folder / "prior").mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: mit\ntags: [wuerstchen]\n---\n# A prior\n")
@@ -58,7 +57,7 @@ def model(tmp_path):
 
 
 @pytest.mark.parametrize("hub", [False, True], ids=["lfs", "xet"], indirect=True)
-def test_what_is_uploaded_is_read_back(hub, model):
+def test_uploaded_files_are_read_back(hub, model):
     if hub.xet:
         pytest.importorskip("hf_xet")
     source = read_folder(model)
@@ -91,7 +90,7 @@ result["older"] = snapshot_download(repo_id, revision=result["commit"], local_di
     assert sorted(result["names"]) == sorted(source)
     assert Path(result["large"]).read_bytes() == source["prior/model.safetensors"]
     assert read_folder(result["snapshot"]) == source
-    assert result["again"] == result["commit"], "nothing had changed, so there is nothing to commit"
+    assert result["again"] == result["commit"], "nothing changed, so no commit is made"
     assert result["sizes"] == {name: len(content) for name, content in source.items()}
     sha256 = hashlib.sha256(source["prior/model.safetensors"]).hexdigest()
     assert result["lfs"] == {"prior/model.safetensors": sha256}
@@ -99,8 +98,8 @@ result["older"] = snapshot_download(repo_id, revision=result["commit"], local_di
     changed = {**source, "model_index.json": b"{}"}
     del changed["prior/a file.txt"]
     assert read_folder(result["newest"]) == hub.files("tester/prior") == changed
-    older = {name: content for name, content in read_folder(result["older"]).items() if not name.startswith(".cache/")}
-    assert older == source
+    older = read_folder(result["older"])
+    assert {name: older[name] for name in older if not name.startswith(".cache/")} == source
     repo = hub.repos["tester/prior"]
     assert (repo["private"], len(repo["commits"]), repo["commits"][1]) == (True, 4, result["commit"])
     assert [request for request in hub.requests if request[0] == "PUT"] == (
@@ -109,7 +108,7 @@ result["older"] = snapshot_download(repo_id, revision=result["commit"], local_di
     assert {token for method, _, token in hub.requests if method != "PUT"} == {"Bearer hf_good"}
 
 
-def test_refusals_become_the_clients_own_exceptions(hub, model):
+def test_error_responses_become_the_clients_exceptions(hub, model):
     hub.add_repo("tester/public", model)
     hub.add_repo("tester/secret", model, private=True)
     result = run_client(
@@ -120,7 +119,7 @@ api = HfApi()
 
 def outcome(function, *args, **kwargs):
     try:
-        return function(*args, **kwargs) and "fine"
+        return function(*args, **kwargs) and "ok"
     except Exception as error:
         return [type(error).__name__, error.response.status_code]
 
@@ -132,8 +131,8 @@ result["create: bad token"] = outcome(api.create_repo, "tester/new", token="hf_b
 result["create: no token"] = outcome(api.create_repo, "tester/new")
 result["create: not mine"] = outcome(api.create_repo, "other/new", token="hf_good")
 result["create: my organisation"] = outcome(api.create_repo, "lab/new", token="hf_good")
-result["create: is there"] = outcome(api.create_repo, "tester/public", token="hf_good")
-result["create: is there, may be"] = outcome(api.create_repo, "tester/public", token="hf_good", exist_ok=True)
+result["create: exists"] = outcome(api.create_repo, "tester/public", token="hf_good")
+result["create: exists, exist_ok"] = outcome(api.create_repo, "tester/public", token="hf_good", exist_ok=True)
 result["upload: read token"] = outcome(upload, "tester/public", "hf_read")
 result["upload: not mine"] = outcome(upload, "tester/public", "hf_other")
 result["upload: no repo"] = outcome(upload, "tester/none", "hf_good")
@@ -142,7 +141,7 @@ result["read: public"] = outcome(api.hf_hub_download, "tester/public", "README.m
 result["read: no file"] = outcome(api.hf_hub_download, "tester/public", "none.txt")
 result["read: no repo"] = outcome(api.hf_hub_download, "tester/none", "README.md")
 result["read: no revision"] = outcome(api.hf_hub_download, "tester/public", "README.md", revision="v9")
-result["read: no data set of that name"] = outcome(api.dataset_info, "tester/public", token="hf_good")
+result["read: no data set with this name"] = outcome(api.dataset_info, "tester/public", token="hf_good")
 result["read: private"] = outcome(api.model_info, "tester/secret")
 result["read: private, not mine"] = outcome(api.model_info, "tester/secret", token="hf_other")
 result["read: private, mine"] = outcome(api.model_info, "tester/secret", token="hf_read")
@@ -154,29 +153,30 @@ result["whoami"] = api.whoami(token="hf_read")["name"]
         "create: bad token": ["HfHubHTTPError", 401],
         "create: no token": ["HfHubHTTPError", 401],
         "create: not mine": ["HfHubHTTPError", 403],
-        "create: my organisation": "fine",
-        "create: is there": ["HfHubHTTPError", 409],
-        "create: is there, may be": "fine",
+        "create: my organisation": "ok",
+        "create: exists": ["HfHubHTTPError", 409],
+        "create: exists, exist_ok": "ok",
         "upload: read token": ["HfHubHTTPError", 403],
         "upload: not mine": ["HfHubHTTPError", 403],
         "upload: no repo": ["RepositoryNotFoundError", 404],
         "read: bad token": ["HfHubHTTPError", 401],
-        "read: public": "fine",
+        "read: public": "ok",
         "read: no file": ["RemoteEntryNotFoundError", 404],
         "read: no repo": ["RepositoryNotFoundError", 401],
         "read: no revision": ["RevisionNotFoundError", 404],
-        "read: no data set of that name": ["RepositoryNotFoundError", 404],
+        "read: no data set with this name": ["RepositoryNotFoundError", 404],
         "read: private": ["RepositoryNotFoundError", 401],
         "read: private, not mine": ["RepositoryNotFoundError", 404],
-        "read: private, mine": "fine",
+        "read: private, mine": "ok",
         "whoami": "tester",
     }
     assert set(hub.repos) == {"tester/public", "tester/secret", "lab/new"}
     assert hub.files("tester/public") == read_folder(model)
 
 
-def test_an_outage_is_seen_and_gets_over(hub, model):
-    """The client repeats a PUT that failed, but not a commit; its next upload finds the large file there already."""
+def test_an_upload_succeeds_after_an_outage(hub, model):
+    """The client retries a failed PUT, but not a failed commit. Its next upload does not send the large file
+    again."""
     failures = [("PUT", "/lfs/"), ("POST", "/api/models/tester/prior/commit/")]
 
     def fail(method, path):
@@ -208,47 +208,46 @@ api.upload_folder(repo_id="tester/prior", folder_path=model)
 
 
 @pytest.mark.parametrize(
-    ("asked", "status", "part"),
+    ("requested", "status", "part"),
     [
         ("bytes=0-9", 206, slice(0, 10)),
         ("bytes=5999999-", 206, slice(5_999_999, None)),
         ("bytes=-3", 206, slice(-3, None)),
     ],
 )
-def test_a_range_of_a_file(hub, model, asked, status, part):
+def test_a_range_of_a_file_is_served(hub, model, requested, status, part):
     hub.add_repo("tester/prior", model)
     url = f"{hub.url}/tester/prior/resolve/main/prior/model.safetensors"
-    with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": asked})) as response:
-        assert (response.status, response.read()) == (
-            status,
-            (model / "prior" / "model.safetensors").read_bytes()[part],
-        )
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": requested})) as response:
+        assert response.status == status
+        assert response.read() == (model / "prior" / "model.safetensors").read_bytes()[part]
 
 
 def test_a_data_set_is_loaded_by_name(hub, tmp_path):
-    """One repo is published by the server, one through the client; both are found to be folders of pictures."""
-    folder = tmp_path / "pics"
+    """One repo is added to the server, one uploaded by the client; both are recognized as image folders."""
+    folder = tmp_path / "images"
     folder.mkdir()
     rows = [json.loads(line) for line in (PICTURES / "metadata.jsonl").read_text().splitlines()[:4]]
     for row in rows:
         shutil.copy(PICTURES / row["file_name"], folder)
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    hub.add_repo("tester/pics", folder, repo_type="dataset")
+    hub.add_repo("tester/added", folder, repo_type="dataset")
     result = run_client(
         hub,
         """
 from datasets import load_dataset
 from huggingface_hub import HfApi
 api = HfApi()
-api.create_repo("tester/sent", repo_type="dataset")
-api.upload_folder(repo_id="tester/sent", folder_path=folder, repo_type="dataset")
+api.create_repo("tester/uploaded", repo_type="dataset")
+api.upload_folder(repo_id="tester/uploaded", folder_path=folder, repo_type="dataset")
 local = load_dataset("imagefolder", data_dir=folder, split="train")
-for name in ("tester/pics", "tester/sent"):
+for name in ("tester/added", "tester/uploaded"):
     rows = load_dataset(name, split="train")
+    pairs = zip(rows["image"], local["image"], strict=True)
     result[name] = {
         "columns": rows.column_names,
         "captions": rows["text"][:],
-        "same pictures": all(a.tobytes() == b.tobytes() for a, b in zip(rows["image"], local["image"], strict=True)),
+        "same images": all(image.tobytes() == expected.tobytes() for image, expected in pairs),
     }
         """,
         token="hf_good",
@@ -257,16 +256,16 @@ for name in ("tester/pics", "tester/sent"):
     loaded = {
         "columns": ["image", "text", "captions", "group"],
         "captions": [row["text"] for row in rows],
-        "same pictures": True,
+        "same images": True,
     }
-    assert result == {"tester/pics": loaded, "tester/sent": loaded}
-    assert hub.files("tester/sent", "dataset") == read_folder(folder)
+    assert result == {"tester/added": loaded, "tester/uploaded": loaded}
+    assert hub.files("tester/uploaded", "dataset") == read_folder(folder)
 
 
 def test_diffusers_loads_from_a_repo(hub, tmp_path):
     folder = tmp_path / "pipeline"
     (folder / "scheduler").mkdir(parents=True)
-    config = {"_class_name": "DDPMWuerstchenScheduler", "_diffusers_version": "0.37.1", "s": 0.0123, "scaler": 1.5}
+    config = {"_class_name": "DDPMWuerstchenScheduler", "s": 0.0123, "scaler": 1.5}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     hub.add_repo("tester/pipeline", folder)
     result = run_client(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random models in the layouts of the published ones, so that the real command runs in seconds on a CPU.
 
     python tests/tiny_models.py FOLDER

@@ -381,15 +381,15 @@ class LossyStream:
         return getattr(self.stream, name)
 
 
-def lock_output_dir(output_dir: Path) -> filelock.FileLock:
-    """Locks the folder against a second run, until this process ends, however it ends."""
+def lock_output_dir(output_dir: Path):
+    """Locks the folder against a second run until this process ends, however it ends."""
+    lock = filelock.FileLock(output_dir / ".lock", timeout=0)
     with explain_errors("--output_dir", output_dir):
-        lock = filelock.FileLock(output_dir / ".lock", timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout:
             raise ValueError("another run is writing to this folder; choose another one") from None
-        return lock
+    atexit.register(lock.release)  # a lock that nothing refers to is released
 
 
 def check_destinations(args: argparse.Namespace) -> str:
@@ -1503,10 +1503,10 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainStat
             if limit is not None:
                 delete_checkpoints(list_checkpoints(output_dir)[:-limit], output_dir)
         except OSError as error:
-            logger.error(
-                f"{checkpoint}: {'it is complete, but' if saved else 'it could not be written:'} {error}"
-            )
-            if not saved:
+            if saved:
+                logger.error(f"Old checkpoints could not be deleted: {error}")
+            else:
+                logger.error(f"{checkpoint} could not be written, the run continues without it: {error}")
                 shutil.rmtree(partial, ignore_errors=True)
     return broadcast_object_list([saved])[0]
 
@@ -2195,7 +2195,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     output_dir = Path(args.output_dir)
 
     # Where the run starts: at step 0, or at a checkpoint, whose seed it keeps.
-    lock = lock_output_dir(output_dir) if is_main_process else None  # held while it is referred to
+    if is_main_process:
+        lock_output_dir(output_dir)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     stale_checkpoints = find_stale_checkpoints(output_dir, checkpoint, args.overwrite_output_dir)
     check_output_dir(args, checkpoint)
@@ -2368,7 +2369,6 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             push_to_hub(args.hub_model_id, output_dir, state.global_step, args.hub_token)
     with only_warn("Closing the trackers"):
         accelerator.end_training()
-    del lock
 
 
 if __name__ == "__main__":

@@ -505,7 +505,7 @@ def make_plan(batch_size=4, accumulation=1, ranks=1):
     return script.SamplePlan(
         seed=0,
         num_rows=64,
-        captions_hash=0,
+        rows_hash="",
         num_processes=ranks,
         train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,

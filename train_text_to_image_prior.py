@@ -295,16 +295,16 @@ def public_args(args: argparse.Namespace) -> str:
 
 
 @contextlib.contextmanager
-def explain_errors(flag: str, value) -> Iterator[None]:
+def explain_errors(flag: str, value, kind: type[Exception] = Exception) -> Iterator[None]:
     """Turns a library's error about a user's setting into one line that names the flag."""
     try:
         yield
-    except Exception as error:
+    except kind as error:
         while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # the reason, for example a full disk
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise SystemExit(f"{flag}={value}: {kind}{printable(reason)}") from None
+        name = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise SystemExit(f"{flag}={value}: {name}{printable(reason)}") from None
 
 
 def printable(text: str, max_length: int = 500) -> str:
@@ -1393,13 +1393,15 @@ def find_stale_checkpoints(output_dir: Path, checkpoint: Path | None, overwrite:
     return stale
 
 
-def check_output_dir(args: argparse.Namespace, checkpoint: Path | None):
+def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[Path]:
     """Refuses a folder in which this run would replace what it did not write: a new run any of the names that
-    it writes, one that `latest` starts anew only a result, since its first attempt may have left logs."""
+    it writes, one that `latest` starts anew only a result, since its first attempt may have left logs.
+    Returns the checkpoints to delete."""
     output_dir = Path(args.output_dir)
+    stale_checkpoints = find_stale_checkpoints(output_dir, checkpoint, args.overwrite_output_dir)
     is_own = checkpoint is not None and checkpoint.parent == output_dir.resolve()
     if is_own or args.overwrite_output_dir:
-        return
+        return stale_checkpoints
     names = RESULT_FOLDERS + RESULT_FILES
     if args.resume_from_checkpoint != "latest":
         names = names + LOG_FILES + [args.logging_dir]
@@ -1410,6 +1412,7 @@ def check_output_dir(args: argparse.Namespace, checkpoint: Path | None):
             "another folder, --resume_from_checkpoint=latest to continue a run with checkpoints there, or "
             "--overwrite_output_dir to replace them"
         )
+    return stale_checkpoints
 
 
 def load_train_state(checkpoint: Path | None, stale_checkpoints: list[Path], output_dir: Path) -> TrainState:
@@ -1701,8 +1704,10 @@ def save_loss_curve(output_dir: Path):
     """Writes loss.png: the training loss and its running mean, and the held-out loss, by step."""
     with only_warn("Writing loss.png"):
         rows = read_metrics(output_dir)
-        train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
-        held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+        train, held_out = (  # without those that overflowed in fp16
+            [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+            for name in ("train_loss", "val_loss")
+        )
         mean, means = 0.0, []
         for count, (_, loss) in enumerate(train, 1):
             mean += (loss - mean) * max(1 / count, 0.02)  # of all steps, and then of the last 50 or so
@@ -1727,7 +1732,7 @@ def save_figure(figure: Figure, file: Path):
     """Writes a figure, without warnings about characters that matplotlib's font does not have."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(file, bbox_inches="tight")
+        figure.savefig(file, bbox_inches="tight", pil_kwargs={"compress_level": 1})
 
 
 # ------------------------------------------------------------------------------------------------- publishing
@@ -2084,7 +2089,7 @@ def cache_latents(
 
     location = f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"
     worker_errors = explain_worker_errors(args.dataloader_num_workers)
-    with progress, explain_errors("--cache_latents", location), worker_errors:
+    with progress, explain_errors("--cache_latents", location, OSError), worker_errors:
         folder.mkdir(parents=True, exist_ok=True)
         num_done = 0
         for shard in own_shards:
@@ -2198,8 +2203,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     if is_main_process:
         lock_output_dir(output_dir)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
-    stale_checkpoints = find_stale_checkpoints(output_dir, checkpoint, args.overwrite_output_dir)
-    check_output_dir(args, checkpoint)
+    stale_checkpoints = check_output_dir(args, checkpoint)
     state = load_train_state(checkpoint, stale_checkpoints, output_dir)
     first_step = state.global_step
     if args.seed is None:
@@ -2272,7 +2276,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     logger.info(f"Training from step {first_step} to {args.max_train_steps} on {device}: {plan}")
     if checkpoint is not None and first_step >= args.max_train_steps:
         logger.info(f"{checkpoint}: nothing is left to train, only to save")
-    signals: list[int] = []
+    signals = []
     validator = Validator(
         accelerator=accelerator,
         args=args,
@@ -2292,9 +2296,9 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     progress = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=not is_main_process)
     worker_errors = explain_worker_errors(args.dataloader_num_workers)
     with deferred_signals(signals), worker_errors, progress, logging_redirect_tqdm():
-        # Each turn first does what is due after `global_step` steps, and then takes a step: the first turn
-        # validates the untrained prior, the last one saves a checkpoint and takes no step. A signal that
-        # arrives in a turn is obeyed after its step; after the loop it ends the process at once.
+        # Each turn does what is due after `global_step` steps and then takes a step: the first one validates
+        # the untrained prior, the last one saves a checkpoint and takes no step. A signal is obeyed after the
+        # turn's step; after the loop it ends the process at once.
         while True:
             is_new, is_last = state.global_step > first_step, state.global_step >= args.max_train_steps
             if is_new and (stop or is_last or state.global_step % args.checkpointing_steps == 0):

@@ -24,7 +24,8 @@ The file reads in the order in which it runs, and `main`, at its end, is the sum
     main           main
 
 Where to edit: the loss in `diffusion_loss`, augmentation in `make_augmentations`, captions in
-`choose_caption`, data layouts in `load_splits`, the optimizer in `make_optimizer`, trackers in `log_images`.
+`choose_caption`, data layouts in `load_splits`, the optimizer in `make_optimizer`, trackers in
+`log_images_to_tracker`.
 
 Sizes: an image of --resolution=768 pixels becomes 24 x 24 latents, since the image encoder's stride is 32.
 The decoder turns 24 x 24 latents into 1024 pixels, 42.67 times as many: it was trained on latents of
@@ -267,7 +268,9 @@ def explain_errors(flag: str, value) -> Iterator[None]:
     except Exception as error:
         while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # the reason, for example a full disk
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        # The last line is that of a worker's traceback.
+        reason = (lines[-1] if lines[0].startswith("Caught ") else lines[0])[:300]
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise SystemExit(f"{flag}={value}: {kind}{reason}") from None
 
@@ -1367,30 +1370,13 @@ def truncate_logs(output_dir: Path, global_step: int):
 def log_images(
     accelerator: Accelerator, args: argparse.Namespace, images: list[Image.Image], global_step: int
 ):
-    """Logs images and their prompts to each tracker, and to samples/. Add trackers here: Accelerate's own
-    `log_images` has no captions."""
+    """Logs images and their prompts to each tracker and to samples/."""
     if not images:
         return
     captioned = list(zip(args.validation_prompts, images, strict=True))
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            for index, (prompt, image) in enumerate(captioned):
-                name, pixels = f"validation/{index}", np.asarray(image)[None]
-                tracker.log_images({name: pixels}, step=global_step, dataformats="NHWC")
-                tracker.log({name: prompt}, step=global_step)
-        elif tracker.name == "wandb":
-            wandb = importlib.import_module("wandb")
-            logged = [wandb.Image(image, caption=prompt) for prompt, image in captioned]
-            tracker.log({"validation": logged}, step=global_step)
-        elif tracker.name == "trackio":
-            trackio = importlib.import_module("trackio")
-            for index, (prompt, image) in enumerate(captioned):  # it ignores lists of images
-                tracker.log({f"validation/{index}": trackio.Image(image, caption=prompt)}, step=global_step)
-        elif tracker.name == "comet_ml":
-            for prompt, image in captioned:
-                tracker.tracker.log_image(image, name=prompt, step=global_step)
-        else:
-            logger.warning(f"{tracker.name} does not get the validation images; they are in samples/")
+        with only_warn(f"{tracker.name}'s validation images"):
+            log_images_to_tracker(tracker, captioned, global_step)
     output_dir = Path(args.output_dir)
     with only_warn("samples/"):
         for index, (prompt, image) in enumerate(captioned):
@@ -1403,6 +1389,28 @@ def log_images(
             image.save(partial, pnginfo=text)
             partial.rename(file)
         save_contact_sheet(output_dir, args.validation_prompts)
+
+
+def log_images_to_tracker(tracker, captioned: list[tuple[str, Image.Image]], global_step: int):
+    """Logs pairs of prompts and images. Add trackers here: Accelerate's own `log_images` has no captions."""
+    if tracker.name == "tensorboard":
+        for index, (prompt, image) in enumerate(captioned):
+            name, pixels = f"validation/{index}", np.asarray(image)[None]
+            tracker.log_images({name: pixels}, step=global_step, dataformats="NHWC")
+            tracker.log({name: prompt}, step=global_step)
+    elif tracker.name == "wandb":
+        wandb = importlib.import_module("wandb")
+        logged = [wandb.Image(image, caption=prompt) for prompt, image in captioned]
+        tracker.log({"validation": logged}, step=global_step)
+    elif tracker.name == "trackio":
+        trackio = importlib.import_module("trackio")
+        for index, (prompt, image) in enumerate(captioned):  # it ignores lists of images
+            tracker.log({f"validation/{index}": trackio.Image(image, caption=prompt)}, step=global_step)
+    elif tracker.name == "comet_ml":
+        for prompt, image in captioned:
+            tracker.tracker.log_image(image, name=prompt, step=global_step)
+    else:
+        logger.warning(f"{tracker.name} does not get the validation images; they are in samples/")
 
 
 def save_contact_sheet(output_dir: Path, prompts: list[str], max_columns: int = 12, cell: int = 192):
@@ -1429,8 +1437,10 @@ def save_loss_curve(output_dir: Path):
     """Writes loss.png: the training loss and its running mean, and the held-out loss, by step."""
     with only_warn("loss.png"):
         rows = read_metrics(output_dir)
-        train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
-        held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+        train, held_out = (  # without those that overflowed in fp16
+            [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+            for name in ("train_loss", "val_loss")
+        )
         mean, means = 0.0, []
         for count, (_, loss) in enumerate(train, 1):
             mean += (loss - mean) * max(1 / count, 0.02)  # of all steps, and then of the last 50 or so
@@ -1455,7 +1465,7 @@ def save_figure(figure: Figure, file: Path):
     """Writes a figure, without warnings about characters that matplotlib's font does not have."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(file, bbox_inches="tight")
+        figure.savefig(file, bbox_inches="tight", pil_kwargs={"compress_level": 1})
 
 
 # ------------------------------------------------------------------------------------------------- publishing

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from conftest import tiny_args
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -878,3 +880,67 @@ def test_logs_of_an_older_version_are_continued(tmp_path, log_to):
     assert read_curve(tmp_path, "train_loss") == {1: 1.0, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4, 5: 0.125}
     assert read_curve(tmp_path, "val_loss") == {2: 1.0, 4: 0.5}
     assert equal_images(read_samples(tmp_path), {key: image for key, image in images.items() if key[0] <= 4})
+
+
+TOKEN = "hf_xKqTbWnVmZsLpRdFgHjY"
+
+
+@pytest.fixture
+def tensorboard_run(finished_runs, run_main, models, pictures, tmp_path_factory):
+    """The output_dir of a run with TensorBoard, and its events."""
+    if "tensorboard" not in finished_runs:
+        output_dir = tmp_path_factory.mktemp("tensorboard") / "out"
+        args = tiny_args(
+            models,
+            pictures,
+            output_dir,
+            report_to="tensorboard",
+            validation_prompts=["a red apple", "new moon"],
+            validation_epochs=1,
+            max_train_samples=8,
+            max_train_steps=5,
+            gradient_accumulation_steps=2,
+            train_batch_size=2,
+            hub_token=TOKEN,
+        )
+        done = run_main(args)
+        assert done.returncode == 0, done
+        folder = output_dir / "logs" / "text2image-fine-tune"
+        limits = {"scalars": 0, "images": 0, "tensors": 0}
+        events = event_accumulator.EventAccumulator(str(folder), limits).Reload()
+        finished_runs["tensorboard"] = output_dir, events
+    return finished_runs["tensorboard"]
+
+
+@pytest.mark.parametrize("tag", ["train_loss", "lr", "grad_norm"])
+def test_tensorboard_has_each_metric_once_per_step(tensorboard_run, tag):
+    _, events = tensorboard_run
+    scalars = events.Scalars(tag)
+    assert [scalar.step for scalar in scalars] == [1, 2, 3, 4, 5]
+    assert all(math.isfinite(scalar.value) and scalar.value > 0 for scalar in scalars)
+
+
+def test_tensorboard_has_the_images_in_samples_and_their_prompts(tensorboard_run):
+    output_dir, events = tensorboard_run
+    samples = {path.name for path in (output_dir / "samples").glob("step-*")}
+    assert samples == {f"step-{step:07d}-prompt-{index}.png" for step in (0, 2, 4, 5) for index in (0, 1)}
+    for index, prompt in enumerate(("a red apple", "new moon")):
+        images = events.Images(f"validation/{index}")
+        assert [image.step for image in images] == [0, 2, 4, 5]
+        for image in images:
+            file = output_dir / "samples" / f"step-{image.step:07d}-prompt-{index}.png"
+            logged = Image.open(BytesIO(image.encoded_image_string))
+            assert np.array_equal(np.asarray(logged), np.asarray(Image.open(file)))
+        texts = events.Tensors(f"validation/{index}/text_summary")
+        assert [text.tensor_proto.string_val[0].decode() for text in texts] == [prompt] * 4
+
+
+def test_tensorboard_has_the_settings_without_the_token(tensorboard_run):
+    output_dir, _ = tensorboard_run
+    (settings,) = (output_dir / "logs").rglob("hparams.yml")
+    text = settings.read_text()
+    assert re.search(r"^learning_rate: 0.0001$", text, re.MULTILINE)
+    assert re.search(r"^seed: 0$", text, re.MULTILINE)
+    assert "hub_token" not in text
+    files = [path for path in output_dir.rglob("*") if path.is_file()]
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []

@@ -513,3 +513,30 @@ def test_validation_is_due_after_the_first_epoch_and_every_so_many_from_there(ep
     ends = [math.ceil((epoch + 1) * num_rows / batch_size) for epoch in range(0, 100, epochs)]
     due = list_due_steps(30, num_rows=num_rows, batch_size=batch_size, validation_epochs=epochs)
     assert due == [0, *sorted({step for step in ends if step <= 30})]
+
+
+@pytest.fixture(scope="module")
+def published_decoder(models):
+    """A decoder pipeline whose decoder has the published sizes, without weights."""
+    with torch.device("meta"):
+        decoder = script.wuerstchen.WuerstchenDiffNeXt(
+            patch_size=2, c_hidden=[320, 640, 1280, 1280], blocks=[1, 1, 1, 1]
+        )
+    components = script.wuerstchen.WuerstchenDecoderPipeline.from_pretrained(models / "decoder").components
+    return script.wuerstchen.WuerstchenDecoderPipeline(**components | {"decoder": decoder})
+
+
+@pytest.mark.parametrize(("resolution", "size"), [(768, 1024), (512, 640)])
+def test_images_have_the_size_that_the_trained_latents_stand_for(published_decoder, resolution, size):
+    assert script.decoder_image_size(published_decoder, resolution) == size
+
+
+@pytest.mark.parametrize("resolution", range(32, 1600, 96))
+def test_every_resolution_has_a_nearby_size_that_the_decoder_can_generate(published_decoder, resolution):
+    size = script.decoder_image_size(published_decoder, resolution)
+    side = math.ceil(size / 42.67)  # of the latents, as in the prior's pipeline
+    decoder_side = int(side * 10.67)  # of the decoder's latents, as in its pipeline
+    assert decoder_side % 16 == 0, "patches of 2 are halved three times"
+    assert decoder_side > 0
+    assert size % 128 == 0
+    assert abs(side - resolution / 32) <= 2.5, "three latents are 128 pixels"

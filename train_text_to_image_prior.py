@@ -24,7 +24,8 @@ The file reads in the order in which it runs, and `main`, at its end, is the sum
     main           main
 
 Where to edit: the loss in `diffusion_loss`, augmentation in `make_augmentations`, captions in
-`choose_caption`, data layouts in `load_splits`, the optimizer in `make_optimizer`, trackers in `log_images`.
+`choose_caption`, data layouts in `load_splits`, the optimizer in `make_optimizer`, trackers in
+`log_images_to_tracker`.
 
 Sizes: an image of --resolution=768 pixels becomes 24 x 24 latents, since the image encoder's stride is 32.
 The decoder turns 24 x 24 latents into 1024 pixels, 42.67 times as many: it was trained on latents of
@@ -383,7 +384,7 @@ class LossyStream:
 
 def lock_output_dir(output_dir: Path):
     """Locks the folder against a second run until this process ends, however it ends."""
-    lock = filelock.FileLock(output_dir / ".lock", timeout=0)
+    lock = filelock.FileLock(output_dir / ".lock", timeout=0, is_singleton=True)
     with explain_errors("--output_dir", output_dir):
         try:
             lock.acquire()

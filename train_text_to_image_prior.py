@@ -401,11 +401,11 @@ def check_destinations(args: argparse.Namespace) -> str:
         if not {"decoder", "vqgan"} <= config.keys():
             raise ValueError("its model_index.json is not that of a Würstchen decoder")
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    if args.push_to_hub and args.hub_token is None and hub.get_token() is None:
-        raise SystemExit("--push_to_hub: there is no token for the Hub; log in with `hf auth login`")
     if args.push_to_hub:
         with explain_errors("--push_to_hub: --hub_model_id", repo_id):
             private, token = args.hub_private_repo or None, args.hub_token
+            if token is None and hub.get_token() is None:
+                raise ValueError("there is no token for the Hub; log in with `hf auth login`")
             repo_id = hub.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
             # Asks how a file would be uploaded, which a read-only token must not. Nothing is uploaded.
             hub.preupload_lfs_files(repo_id, [hub.CommitOperationAdd("README.md", b"-")], token=token)
@@ -2031,7 +2031,7 @@ def write_shard(file: Path, batches: Iterator[list[dict]]):
     binary = datasets.Value("large_binary")
     columns = {"latents": binary, "prompt_embeds": datasets.List(binary), "error": datasets.Value("string")}
     schema = datasets.Features(columns).arrow_schema
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial = file.with_suffix(".partial")
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for rows in batches:
@@ -2077,16 +2077,17 @@ def cache_latents(
     def load_or_encode(shard: range) -> datasets.Dataset:
         file = folder / f"{shard.start:09d}-{shard.stop:09d}.arrow"
         rows = RowDataset(dataset.select(shard), args)
-        if load_shard(file, rows) is None:
-            dataloader = DataLoader(
-                rows,
-                batch_size=CACHE_BATCH_SIZE,
-                collate_fn=collate_rows,
-                num_workers=args.dataloader_num_workers,
-                worker_init_fn=ignore_signals,
-            )
-            write_shard(file, encode_rows(dataloader, shard.start, args, *encoders, progress))
-        return load_shard(file, rows)
+        with filelock.FileLock(f"{file}.lock"):  # another run may be encoding it
+            if load_shard(file, rows) is None:
+                dataloader = DataLoader(
+                    rows,
+                    batch_size=CACHE_BATCH_SIZE,
+                    collate_fn=collate_rows,
+                    num_workers=args.dataloader_num_workers,
+                    worker_init_fn=ignore_signals,
+                )
+                write_shard(file, encode_rows(dataloader, shard.start, args, *encoders, progress))
+            return load_shard(file, rows)
 
     location = f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"
     worker_errors = explain_worker_errors(args.dataloader_num_workers)

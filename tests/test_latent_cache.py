@@ -168,7 +168,7 @@ def write_rows(folder, rows):
 
 
 def cache_files(folder):
-    return sorted(folder.rglob("generator-*.arrow"))
+    return sorted(folder.glob("wuerstchen_latents/*/*.arrow"))
 
 
 def relative_difference(run, other, name):
@@ -566,7 +566,10 @@ def test_an_edit_of_a_listed_function_changes_the_key_whether_the_script_is_main
     tmp_path, monkeypatch, capsys
 ):
     called = [getattr(script, name, None) for name in script.cache_key.__code__.co_names]
-    listed = {function.__name__ for function in called if inspect.isfunction(function)} - {"hash_model"}
+    listed = {function.__name__ for function in called if inspect.isfunction(function)} - {
+        "hash_model",
+        "hash_rows",
+    }
     assert listed == set(KEYED_FUNCTIONS)
 
     model = torch.nn.Linear(1, 1)
@@ -580,6 +583,7 @@ def test_an_edit_of_a_listed_function_changes_the_key_whether_the_script_is_main
             source = edited_source(name) if name else SCRIPT.read_text()
             module = load_script(tmp_path / f"{name}-{module_name}", source, module_name, monkeypatch)
             assert module.cache_key is not script.cache_key
+            module.hash_rows = lambda dataset, args: "rows"
             keys[name, module_name] = module.cache_key(dataset, args, tokenizer, model, model)
     assert all(keys[name, "__main__"] == keys[name, script.__name__] for name, _ in keys)
     assert keys["choose_caption", "__main__"] == keys["", "__main__"], "its edits make the cache not anew"
@@ -620,7 +624,7 @@ def assert_completed(recorded_train, uninterrupted_run, pictures, cache, missing
     run, encoded = recorded_train(patch=small_shards, **FOUR_SHARDS, cache_latents=True, cache_dir=cache)
     assert run.returncode == 0, run
     assert encoded.all("images") == image_digests(pictures)[missing]
-    assert list(cache.rglob("*.incomplete")) == []
+    assert list(cache.rglob("*.partial")) == []
     for name in ("image_embeds", "prompt_embeds"):
         assert torch.equal(run.all(name), uninterrupted_run.all(name))
     assert same_weights(run.prior(), uninterrupted_run.prior())
@@ -633,16 +637,16 @@ def kill_in_third_shard(batches):
 
 def kill_at_third_rename():
     small_shards()
-    move, moved = shutil.move, []
+    replace, replaced = Path.replace, []
 
-    def killing_move(source, target):
-        if str(source).endswith(".incomplete") and "generator" in str(source):
-            moved.append(source)
-            if len(moved) == 3:
+    def killing_replace(self, target):
+        if self.suffix == ".partial":
+            replaced.append(self)
+            if len(replaced) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return move(source, target)
+        return replace(self, target)
 
-    shutil.move = killing_move
+    Path.replace = killing_replace
 
 
 @pytest.mark.parametrize(
@@ -810,14 +814,14 @@ def test_bad_rows_are_skipped_as_without_the_cache(train, broken_images, tmp_pat
 
 def fail_in_two_lines(file):
     """Makes the decoder of images raise an error of two lines for this file."""
-    decode_example = datasets.Image.decode_example
+    read_image_file = script.read_image_file
 
-    def failing(self, value, *args, **kwargs):
-        if Path(value["path"]).name == file:
+    def failing(path, folders):
+        if Path(path).name == file:
             raise OSError("bad marker\nat byte 7")
-        return decode_example(self, value, *args, **kwargs)
+        return read_image_file(path, folders)
 
-    datasets.Image.decode_example = failing
+    script.read_image_file = failing
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -863,11 +867,11 @@ def test_the_reason_of_any_other_error_in_the_pass_is_shown(train, tmp_path, wor
 def kill_worker():
     """Makes the worker process that decodes an image end, as the kernel does when memory is short."""
 
-    def killed(self, value, *args, **kwargs):
+    def killed(path, folders):
         assert torch.utils.data.get_worker_info() is not None
         os.kill(os.getpid(), signal.SIGKILL)
 
-    datasets.Image.decode_example = killed
+    script.read_image_file = killed
 
 
 def test_a_worker_killed_in_the_pass_is_one_line_that_names_the_flag(train, tmp_path):
@@ -984,7 +988,7 @@ def test_a_sample_reads_one_row_however_many_there_are(cache_numbers, monkeypatc
     plan = script.SamplePlan(
         seed=0,
         num_rows=1_000_000,
-        captions_hash=0,
+        rows_hash="",
         num_processes=2,
         train_batch_size=4,
         gradient_accumulation_steps=2,
@@ -1004,7 +1008,7 @@ def test_a_sample_reads_one_row_however_many_there_are(cache_numbers, monkeypatc
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_all_rows_are_in_few_shards_that_the_ranks_share(tmp_path, monkeypatch, count, ranks):
     """Every shard stays open, and a process may open only about a thousand files."""
-    made = []
+    made, shares = [], []
 
     class Rows:
         def __len__(self):
@@ -1013,20 +1017,18 @@ def test_all_rows_are_in_few_shards_that_the_ranks_share(tmp_path, monkeypatch, 
         def select(self, shard):
             return shard
 
-    def from_generator(generator, gen_kwargs, **settings):
-        made.append(gen_kwargs["dataloader"].dataset.rows)
-        assert gen_kwargs["first_row"] == made[-1].start
-        return made[-1]
-
     monkeypatch.setattr(script, "cache_key", lambda *_: "key")
-    monkeypatch.setattr(datasets.Dataset, "from_generator", from_generator)
+    monkeypatch.setattr(script, "RowDataset", lambda rows, args: rows)
+    monkeypatch.setattr(script, "DataLoader", lambda rows, **_: rows)
+    monkeypatch.setattr(script, "encode_rows", lambda rows, first_row, *_: (rows, first_row))
+    monkeypatch.setattr(script, "load_shard", lambda file, rows: rows if (rows, rows.start) in made else None)
+    monkeypatch.setattr(script, "write_shard", lambda file, encoded: made.append(encoded))
     monkeypatch.setattr(datasets, "concatenate_datasets", list)
-    shares = []
     for rank in range(ranks):
         made.clear()
         accelerator = SimpleNamespace(**vars(ONE_RANK) | {"process_index": rank, "num_processes": ranks})
+        accelerator.wait_for_everyone = lambda: shares.append([shard for shard, _ in made])
         shards = cache_rows(Rows(), tmp_path, accelerator)
-        shares.append(made[: -len(shards)])
         assert [shard.start for shard in shards] == [0, *(shard.stop for shard in shards[:-1])]
         assert shards[-1].stop == count
         assert len(shards) <= 256

@@ -75,7 +75,7 @@ def record_validation():
     record = {"trained": [], "held_out": [], "weights": {}, "num_decoder_loads": 0, "num_images": 0}
     pixels, decoder = [], script.wuerstchen.WuerstchenDecoderPipeline
     encode, predict = EfficientNetEncoder.forward, script.wuerstchen.WuerstchenPrior.forward
-    load, decode = decoder.from_pretrained, decoder.__call__
+    load, decode = script.load_decoder, decoder.__call__
     generate_images, log_validation = script.Validator.generate_images, script.Validator.log_validation
 
     def record_pixels(self, batch):
@@ -107,7 +107,7 @@ def record_validation():
         torch.save(record, record_file(self.args.output_dir, self.accelerator.process_index))
 
     EfficientNetEncoder.forward, script.wuerstchen.WuerstchenPrior.forward = record_pixels, record_inputs
-    decoder.from_pretrained, decoder.__call__ = record_load, record_image
+    script.load_decoder, decoder.__call__ = record_load, record_image
     script.Validator.generate_images = record_weights
     script.Validator.log_validation = save_record
 
@@ -491,7 +491,7 @@ def list_due_steps(num_steps, num_rows, batch_size, **flags):
     plan = script.SamplePlan(
         seed=0,
         num_rows=num_rows,
-        captions_hash=0,
+        rows_hash="",
         num_processes=1,
         train_batch_size=batch_size,
         gradient_accumulation_steps=1,

@@ -118,6 +118,7 @@ NUM_LOSS_BANDS = 4  # equal parts of [0, 1), the timesteps, for which the held-o
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 # Formats that are opened, whatever a file's name says. (Others run programs: EPS starts Ghostscript.)
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"]
+IMAGE_FORMATS = [name for name in IMAGE_FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
 MAX_IMAGE_PIXELS = 10**8  # a small file can hold an image that fills the memory
 MAX_ASPECT_RATIO = (
     8  # longer images are cropped to it: resizing 60000 x 1 pixels to height 512 would fill the memory

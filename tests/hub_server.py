@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Hugging Face Hub on the loopback interface, for tests: it implements the Hub's own protocol, so that the
 real client runs unpatched.
 
@@ -316,7 +317,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             if repo_key(repo_type, repo_id) in self.hub.repos:
                 return self.reply(409, {"error": f"You already created this {repo_type} repo", **response})
-            private = request.get("visibility") == "private"
+            private = request.get("visibility") == "private" or request.get("private") is True  # old clients
             self.hub.add_repo(repo_id, repo_type=repo_type, private=private)
         self.reply(200, response)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments and setup: a wrong setting ends in one line that names the flag and the remedy, not in a
 traceback, and Accelerate's environment does not override a flag."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From files to batches: unusual images, layouts of data sets, the order of samples, augmentation, captions,
 unreadable rows."""
 
@@ -165,7 +166,7 @@ def test_transparent_color_of_an_rgb_or_grayscale_png_becomes_white():
 def test_16_bit_grayscale_is_scaled_not_clipped(kind):
     values = np.arange(1 << 16).reshape(256, 256)
     value = encode_image(Image.fromarray(values.astype(np.uint16)), kind)
-    assert Image.open(io.BytesIO(value["bytes"])).mode == "I;16"
+    assert Image.open(io.BytesIO(value["bytes"])).mode in ("I", "I;16")  # depends on Pillow's version
     assert (load_pixels(value) == ((values + 128) // 257)[..., None]).all()  # 65535 / 255 = 257
 
 

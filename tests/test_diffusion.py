@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training step computes: the loss, the learning rate, noise and timesteps, precision, the average of
 the weights, random numbers and several ranks, against formulas written out here and other implementations."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The image encoder: its architecture, the places it is loaded from, and what loading must not do."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Hub in hub_server.py with the real, unpatched clients: huggingface_hub, datasets and diffusers."""
 
 import hashlib
@@ -10,6 +11,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from conftest import PICTURES
 from hub_server import HubServer
@@ -19,6 +21,9 @@ TOKENS = {
     "hf_read": {"name": "tester", "write": False},
     "hf_other": {"name": "other", "write": True},
 }
+
+# The name in huggingface_hub 1 and later, and before.
+NO_FILE = "RemoteEntryNotFoundError" if huggingface_hub.__version__ >= "1" else "EntryNotFoundError"
 
 
 @pytest.fixture
@@ -60,6 +65,8 @@ def model(tmp_path):
 def test_uploaded_files_are_read_back(hub, model):
     if hub.xet:
         pytest.importorskip("hf_xet")
+        if huggingface_hub.__version__ < "1":
+            pytest.skip("it sends files of this size without Xet")
     source = read_folder(model)
     result = run_client(
         hub,
@@ -161,7 +168,7 @@ result["whoami"] = api.whoami(token="hf_read")["name"]
         "upload: no repo": ["RepositoryNotFoundError", 404],
         "read: bad token": ["HfHubHTTPError", 401],
         "read: public": "ok",
-        "read: no file": ["RemoteEntryNotFoundError", 404],
+        "read: no file": [NO_FILE, 404],
         "read: no repo": ["RepositoryNotFoundError", 401],
         "read: no revision": ["RevisionNotFoundError", 404],
         "read: no data set with this name": ["RepositoryNotFoundError", 404],

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run logs: trackers, loss.jsonl, samples/, the contact sheet and the loss curve. What one place shows
 is compared with what the others do, what is drawn with the files it is drawn from, and a resumed run with an
 uninterrupted one."""
@@ -208,9 +209,13 @@ def test_wandb_has_what_loss_jsonl_and_samples_hold(uninterrupted):
         assert logged[column] == pytest.approx(read_curve(uninterrupted.folder, column), rel=1e-6), column
 
     assert logged["validation/captions"] == dict.fromkeys(VALIDATED, PROMPTS)
-    (folder,) = uninterrupted.wandb.glob("wandb/offline-run-*/files")
+    files = {
+        str(path.relative_to(folder)): path
+        for folder in uninterrupted.wandb.glob("wandb/offline-run-*/files")
+        for path in folder.rglob("*.png")
+    }
     shown = {
-        (step, index): np.asarray(Image.open(folder / name))
+        (step, index): np.asarray(Image.open(files[name]))
         for step, names in logged["validation/filenames"].items()
         for index, name in enumerate(names)
     }

@@ -531,6 +531,7 @@ script.main(sys.argv[1:])
     assert_same_bits(load_weights(output_dir), unbroken)
 
 
+@pytest.mark.slow
 def test_run_waits_for_slow_storage(models, pictures, tmp_path, run_main, monkeypatch, unbroken):
     monkeypatch.setattr(script, "BATCH_TIMEOUT", script.BATCH_TIMEOUT)
     monkeypatch.setattr(script.SampleDataset, "__getitem__", script.SampleDataset.__getitem__)
@@ -618,6 +619,7 @@ def test_resumed_run_takes_its_seed_from_the_checkpoint(train, tmp_path):
     assert_continues_as(again, run, 2, 4)
 
 
+@pytest.mark.slow
 def test_finished_run_is_resumed_with_more_steps(train, tmp_path):
     flags = {"checkpointing_steps": 1, "use_ema": True, "learning_rate": 1e-3}
     whole, half = train(**flags, max_train_steps=5), train(**flags, max_train_steps=2)
@@ -668,6 +670,7 @@ def tensors_in(entry):
             yield value
 
 
+@pytest.mark.slow
 def test_eight_bit_adam_resumes_exactly(models, pictures, tmp_path, run_main):
     flags = RUN | {"use_8bit_adam": True, "checkpoints_total_limit": None}
     assert run_main(tiny_args(models, pictures, tmp_path / "whole", **flags)).returncode == 0
@@ -726,6 +729,7 @@ def test_resuming_continues_the_sequence_of_samples(num_rows, batch_size, accumu
 # -------------------------------------------------------------------------------- what may change on resuming
 
 
+@pytest.mark.slow
 def test_resuming_an_older_checkpoint_deletes_the_newer_only_if_allowed(
     models, pictures, tmp_path, run_main, unbroken
 ):
@@ -849,7 +853,11 @@ def write_old_layout(output_dir):
 
 @pytest.mark.parametrize(
     ("flags", "is_validated"),
-    [({}, True), ({}, False), ({"validation_split": 2, "max_train_samples": 12}, True)],
+    [
+        ({}, True),
+        pytest.param({}, False, marks=pytest.mark.slow),
+        pytest.param({"validation_split": 2, "max_train_samples": 12}, True, marks=pytest.mark.slow),
+    ],
     ids=["validated", "not validated", "held-out loss"],
 )
 def test_run_of_an_older_version_is_resumed_exactly(train, tmp_path, flags, is_validated):

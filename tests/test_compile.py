@@ -229,6 +229,7 @@ def test_compile_is_ignored_on_a_cpu_with_one_line(train):
 
 
 @cpu_only
+@pytest.mark.slow
 def test_compile_is_ignored_without_a_compiler_with_one_line(train):
     steps = STEPS | {"gradient_accumulation_steps": 2}
     compiled, plain = train(fake_gpu_without_compiler, **steps, compile=True), train(**steps)

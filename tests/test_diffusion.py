@@ -557,6 +557,7 @@ def count_block_calls(file):
         block.forward = counted(name, block.forward)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_runs_each_block_again_in_the_backward_pass(train, tmp_path):
     calls = []
     for on in (False, True):
@@ -901,6 +902,7 @@ ORIGINAL_RECIPE = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_with_the_original_recipe_resumes_exactly(train, tmp_path):
     run = train(**ORIGINAL_RECIPE)
     assert run.returncode == 0, run

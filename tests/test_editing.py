@@ -132,7 +132,7 @@ def test_the_readme_has_these_edits():
 
 
 @pytest.mark.parametrize("name", EDITS)
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_edited_script_resumes_to_the_same_weights(edited, name, num_workers):
     copy = edited(name)
     resumed = f"resumed-{num_workers}"
@@ -145,6 +145,7 @@ def test_an_edited_script_resumes_to_the_same_weights(edited, name, num_workers)
 
 
 @pytest.mark.parametrize("name", EDITS)
+@pytest.mark.slow
 def test_an_edited_script_trains_with_gradient_checkpointing(edited, name):
     copy = edited(name)
     finished = copy.run("checkpointed", gradient_checkpointing=True)
@@ -154,6 +155,7 @@ def test_an_edited_script_trains_with_gradient_checkpointing(edited, name):
 
 
 @pytest.mark.parametrize("name", ["Huber loss", "attention only"])
+@pytest.mark.slow
 def test_an_edited_script_trains_from_a_cache(edited, name):
     copy = edited(name)
     finished = copy.run("cached", cache_latents=True, cache_dir=copy.folder / "cache")

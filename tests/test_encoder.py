@@ -167,6 +167,7 @@ print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) *
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.slow
 def test_loading_needs_the_memory_of_the_encoder_not_of_the_whole_file(encoder, tmp_path):
     other = torch.zeros(1 << 28)  # 1 GiB; the published file has several
     more = {"ema_state_dict": {"w": other}, "opt_state": {"w": other[1:]}}

@@ -269,6 +269,7 @@ for name in ("tester/added", "tester/uploaded"):
     assert hub.files("tester/uploaded", "dataset") == read_folder(folder)
 
 
+@pytest.mark.slow
 def test_diffusers_loads_from_a_repo(hub, tmp_path):
     folder = tmp_path / "pipeline"
     (folder / "scheduler").mkdir(parents=True)

@@ -263,6 +263,7 @@ def test_images_and_captions_are_encoded_once_in_large_batches_under_one_progres
     assert "Generating" not in "".join(bars) and "examples" not in run.output.split("Encoding", 1)[1]
 
 
+@pytest.mark.slow
 def test_both_encoders_are_freed_before_training(run_patched, tmp_path):
     file = tmp_path / "alive.json"
     flags = {
@@ -304,7 +305,9 @@ def record_alive_models(file):
     script.wuerstchen.WuerstchenPrior.forward = recorded_prior_forward
 
 
-@pytest.mark.parametrize("step", [2, 5], ids=["within an epoch", "at an epoch's end"])
+@pytest.mark.parametrize(
+    "step", [2, pytest.param(5, marks=pytest.mark.slow)], ids=["within an epoch", "at an epoch's end"]
+)
 def test_a_resumed_run_over_a_cache_has_the_same_bits_and_encodes_nothing(
     recorded_train, train, tmp_path_factory, tmp_path, step
 ):
@@ -328,6 +331,7 @@ def test_a_resumed_run_over_a_cache_has_the_same_bits_and_encodes_nothing(
     assert_continues_as(again, run, step, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_worker_processes_change_no_bit_of_the_cache(recorded_train, tmp_path):
     flags = FOUR_SHARDS | {"cache_latents": True}
@@ -651,7 +655,10 @@ def kill_at_third_rename():
 
 @pytest.mark.parametrize(
     ("on_batch", "patch"),
-    [(kill_in_third_shard, small_shards), (None, kill_at_third_rename)],
+    [
+        pytest.param(kill_in_third_shard, small_shards, marks=pytest.mark.slow),
+        (None, kill_at_third_rename),
+    ],
     ids=["inside a shard", "before its rename"],
 )
 def test_a_killed_pass_continues_at_the_missing_shard(
@@ -683,6 +690,7 @@ def lift_limit_after_the_pass():
     script.cache_latents = cache_then_lift
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_with_space_the_pass_continues(
     recorded_train, uninterrupted_run, pictures, tmp_path
 ):
@@ -725,6 +733,7 @@ def test_two_runs_at_the_same_time_share_one_pass(run_patched, tmp_path):
 # -------------------------------------------------------------------------------------------------- two ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_shards_and_train_as_without_the_cache(
     train_ranks, recorded_train, pictures, tmp_path
 ):
@@ -793,6 +802,7 @@ def skipped_lines(run):
     return sorted(line.split("Skipped ")[1] for line in run.output.splitlines() if "Skipped " in line)
 
 
+@pytest.mark.slow
 def test_bad_rows_are_skipped_as_without_the_cache(train, broken_images, tmp_path):
     folder, file = broken_images
     flags = {"train_data_dir": folder, "max_train_steps": 8, "skip_bad_rows": True}

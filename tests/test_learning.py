@@ -153,7 +153,7 @@ SLOW = [
 
 
 @pytest.mark.parametrize(
-    "fault", [wrong_sign, *(pytest.param(fault, marks=pytest.mark.slow) for fault in SLOW)]
+    "fault", [pytest.param(fault, marks=pytest.mark.slow) for fault in (wrong_sign, *SLOW)]
 )
 def test_images_are_not_learned_with_one_part_wrong(learn, tmp_path, fault):
     """It was tried, too, which faults this does not detect: leaving out the + 1, s = 0.08 in the schedule, a

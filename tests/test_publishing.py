@@ -249,6 +249,7 @@ def guide(finished_runs, run_script, models, pictures, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_the_guides_command_keeps_the_newest_checkpoints(guide):
     run = guide(resolution=64)
     checkpoints = sorted(path.name for path in run.output_dir.glob("*checkpoint*"))
@@ -553,6 +554,7 @@ def test_each_line_of_diffusers_loads_what_the_other_saves(
 # -------------------------------------------------------------------------------------------------- launchers
 
 
+@pytest.mark.slow
 def test_plain_python_uses_one_process(run_script, models, pictures, tmp_path):
     done = run_script(tiny_args(models, pictures, tmp_path / "out", max_train_steps=1))
     assert done.returncode == 0, done.stderr
@@ -969,7 +971,9 @@ def test_the_cards_images_are_the_newest_samples_and_the_loss_curve(full_run, tm
 
 
 @pytest.fixture(
-    scope="module", params=["/commit/", pytest.param("", marks=pytest.mark.slow)], ids=["commit", "all"]
+    scope="module",
+    params=[pytest.param("/commit/", marks=pytest.mark.slow), pytest.param("", marks=pytest.mark.slow)],
+    ids=["commit", "all"],
 )
 def outage(models, pictures, tmp_path_factory, request):
     """From the last checkpoint on, the Hub answers 503 to each commit, or to every request. The token is in
@@ -1014,6 +1018,7 @@ def test_the_trackers_are_complete_after_an_outage(outage):
     assert [image.step for image in events.Images("validation/1")] == [0, 2]
 
 
+@pytest.mark.slow
 def test_the_printed_command_pushes_the_same_files_later(outage):
     command = re.findall("to push it later: (.*)", outage.log)[-1]
     done = run_process(outage.hub, ["sh", "-c", command], TOKEN, cwd=outage.cwd)

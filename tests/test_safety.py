@@ -238,6 +238,7 @@ def test_a_signal_in_the_final_save_leaves_only_saving(
     assert same_weights(load_result(tmp_path / "run"), load_result(finished_run))
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(models, pictures, tmp_path, run_main, monkeypatch):
     started = tmp_path / "started"
     load_prior = script.load_prior
@@ -609,6 +610,7 @@ def cached_run(models, tmp_path_factory, run_main):
 
 
 @pytest.mark.parametrize("cut", ["at a batch", "anywhere", "empty"])
+@pytest.mark.slow
 def test_a_truncated_cache_is_made_anew(cached_run, models, tmp_path, run_main, cut):
     folder, _ = cached_run
     cache = Path(shutil.copytree(folder / "cache", tmp_path / "cache"))

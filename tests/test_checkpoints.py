@@ -487,6 +487,7 @@ def block_samples(script, positions, seconds, folder):
     script.BATCH_TIMEOUT = 1
 
 
+@pytest.mark.slow
 def test_signal_ends_a_run_whose_storage_hangs(models, pictures, tmp_path, run_main, unbroken):
     """Both workers hang in step 4. A scheduler sends SIGTERM to all processes of the run. They have to end
     within seconds, the workers, too."""

@@ -221,6 +221,7 @@ def test_two_compiled_ranks_average_their_gradients(train_ranks, steady_prior):
 
 
 @cpu_only
+@pytest.mark.slow
 def test_compile_is_ignored_on_a_cpu_with_one_line(train):
     compiled, plain = train(**STEPS, compile=True), train(**STEPS)
     assert compiled.returncode == 0, compiled

@@ -46,6 +46,7 @@ def has_learned(found):
     return found["top1"] >= 0.9 and found["error"] < 0.4
 
 
+@pytest.mark.slow
 def test_captioned_images_are_memorized(learn):
     found = learn()
     assert has_learned(found), found

@@ -603,7 +603,7 @@ def test_a_fresh_process_finds_the_cache_of_another(run_script, recorded_train, 
         args = tiny_args(models, table, tmp_path / f"out-{number}", **ONE_STEP, cache_dir=tmp_path / "cache")
         run = run_script(args, PYTHONHASHSEED=seed)
         assert run.returncode == 0, run.stderr
-        found.append({path: path.stat().st_mtime_ns for path in cache_files(tmp_path)})
+        found.append({path: path.stat().st_mtime_ns for path in cache_files(tmp_path / "cache")})
     assert found[0] == found[1] and len(found[0]) == 1
     run, encoded = recorded_train(**ONE_STEP, train_data_dir=table, cache_dir=tmp_path / "cache")
     assert run.returncode == 0, run

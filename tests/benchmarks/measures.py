@@ -216,7 +216,7 @@ def read_batches(
     plan = script.SamplePlan(
         seed=args.seed,
         num_rows=len(rows),
-        captions_hash=0,
+        rows_hash="",
         num_processes=1,
         train_batch_size=args.train_batch_size,
         gradient_accumulation_steps=1,

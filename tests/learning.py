@@ -21,7 +21,6 @@ import tiny_models
 import torch
 from PIL import Image, ImageDraw
 from tiny_models import wuerstchen
-from torch import nn
 
 import train_text_to_image_prior as script
 
@@ -45,16 +44,8 @@ NUM_INFERENCE_STEPS = 30
 def make_models(folder, *, seed=0, **prior):
     """Models to learn with, in `prior`, `decoder` and `encoder`. `prior` is passed to the prior's
     constructor."""
-    tiny_models.make_tiny_models(folder, seed=seed, **{"dropout": 0.0} | prior)
-    tokenizer = tiny_models.make_tokenizer()
-    text_encoder = tiny_models.make_text_encoder(tokenizer, tiny_models.PRIOR_TEXT_WIDTH, seed=seed)
-    with torch.no_grad():
-        for name, module in text_encoder.named_modules():
-            if isinstance(module, nn.Linear):
-                module.weight.mul_(4)
-            elif name.endswith("token_embedding"):
-                module.weight.mul_(2)
-    text_encoder.save_pretrained(folder / "prior" / "text_encoder")
+    text_encoder = tiny_models.make_distinct_text_encoder(seed=seed)
+    tiny_models.make_tiny_models(folder, seed=seed, text_encoder=text_encoder, **{"dropout": 0.0} | prior)
 
 
 def make_flags(folder, output_dir, **flags):

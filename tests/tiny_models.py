@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models in the layouts of the published ones, so that the real command runs in seconds on a CPU.
+"""Tiny models in the layouts of the published ones, so that the real command runs in seconds on a CPU.
 
     python tests/tiny_models.py FOLDER
 
 writes FOLDER/prior (as warp-ai/wuerstchen-prior), FOLDER/decoder (as warp-ai/wuerstchen) and FOLDER/encoder
-(as EfficientNetEncoder.save_pretrained does). Train on them with
-
-    python train_text_to_image_prior.py --pretrained_prior_model_name_or_path FOLDER/prior \\
-        --pretrained_decoder_model_name_or_path FOLDER/decoder \\
-        --pretrained_image_encoder_name_or_path FOLDER/encoder \\
-        --train_data_dir tests/data/emoji-64 --resolution 64
+(as EfficientNetEncoder.save_pretrained does): the models of the README's first command. The prior, the text
+encoders and the image encoder are random. The decoder can draw the 64 bundled images, since
+train_demo_decoder.py has trained it; that of most tests is random, too.
 
 The numbers that the script's arithmetic rests on are the published ones: 16 latent channels that come out
-with mean -1 and deviation 42, a tokenizer with CLIP's vocabulary and 77 tokens, a decoder that takes pictures
-of multiples of 128 pixels. All else is as small as it goes.
+with mean -1 and deviation 42, a tokenizer with CLIP's vocabulary and 77 tokens, a decoder that takes images
+of multiples of 128 pixels. All else is as small as possible.
 """
 
 import argparse
@@ -24,6 +21,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMWuerstchenScheduler
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
@@ -40,6 +38,8 @@ from train_text_to_image_prior import (  # noqa: E402
 )
 
 PICTURES = DATA / "emoji-64"
+DEMO_DECODER = DATA / "demo-decoder"
+DEMO_RESOLUTION = 96  # 3 x 3 latents, which stand for 128 pixels
 LATENT_CHANNELS = 16
 LATENT_MEAN, LATENT_STD = 42.0, 1.0  # by their names in WuerstchenPriorPipeline: z * latent_mean - latent_std
 PRIOR_TEXT_WIDTH = 32
@@ -80,6 +80,18 @@ def make_text_encoder(tokenizer, width, *, seed=0):
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight)
     return text_encoder.eval()
+
+
+def make_distinct_text_encoder(*, seed=0):
+    """One for the prior with larger weights: captions that differ by a word have different embeddings."""
+    text_encoder = make_text_encoder(make_tokenizer(), PRIOR_TEXT_WIDTH, seed=seed)
+    with torch.no_grad():
+        for name, module in text_encoder.named_modules():
+            if isinstance(module, nn.Linear):
+                module.weight.mul_(4)
+            elif name.endswith("token_embedding"):
+                module.weight.mul_(2)
+    return text_encoder
 
 
 def shake_norms(model):
@@ -219,13 +231,66 @@ def make_decoder(*, seed=0):
     return decoder.eval(), vqgan.eval()
 
 
-def make_tiny_models(folder, *, seed=0, pictures=PICTURES, resolution=64, **prior_kwargs):
-    """Write `prior`, `decoder` and `encoder` into `folder` and give back their three paths.
+def make_demo_decoder():
+    """(WuerstchenDiffNeXt, PaellaVQModel) for the README's first command, untrained. Prompts have no effect:
+    the first is zero in `clip_mapper`, which train_demo_decoder.py does not train."""
+    decoder = wuerstchen.WuerstchenDiffNeXt(
+        c_in=4,
+        c_out=4,
+        c_r=16,
+        patch_size=2,
+        c_cond=32,
+        c_hidden=[48, 64, 96, 96],
+        nhead=[-1, 2, 2, 2],
+        blocks=[1, 2, 2, 1],
+        level_config=["CT", "CT", "CTA", "CTA"],
+        inject_effnet=[True, True, True, True],
+        effnet_embd=LATENT_CHANNELS,
+        clip_embd=DECODER_TEXT_WIDTH,
+        dropout=0.0,
+    )
+    with torch.no_grad():
+        for name, module in decoder.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                module.reset_parameters()  # see `make_decoder`
+            if name.startswith("effnet_mappers."):
+                module.weight.div_(LATENT_MEAN)
+        decoder.clip_mapper.weight.zero_()
+        last = decoder.clf[1]
+        last.weight.mul_(0.02)
+        last.bias.zero_()
+        last.bias[last.out_channels // 2 :] = 4.0  # as in `make_decoder`, the first guess is nearly x
+    vqgan = wuerstchen.PaellaVQModel(
+        bottleneck_blocks=1, embed_dim=32, num_vq_embeddings=16, scale_factor=1.0
+    )
+    return decoder.eval(), vqgan.eval()
+
+
+def load_demo_decoder():
+    """The same, as train_demo_decoder.py has trained them. They are stored in half precision."""
+    models = make_demo_decoder()
+    for name, model in zip(("decoder", "vqgan"), models, strict=True):
+        model.load_state_dict(load_file(DEMO_DECODER / f"{name}.safetensors"))
+    return models
+
+
+def make_tiny_models(
+    folder,
+    *,
+    seed=0,
+    pictures=PICTURES,
+    resolution=64,
+    text_encoder=None,
+    decoder_and_vqgan=None,
+    **prior_kwargs,
+):
+    """Writes `prior`, `decoder` and `encoder` into `folder` and returns their three paths.
 
     Args:
         folder: where to; made if missing.
         seed: of all random weights; the same seed makes the same files.
         pictures, resolution: what the encoder is calibrated on, the side in pixels.
+        text_encoder, decoder_and_vqgan: in place of the random ones.
         prior_kwargs: see `make_prior`.
     """
     prior_folder, decoder_folder, encoder_folder = (
@@ -235,14 +300,14 @@ def make_tiny_models(folder, *, seed=0, pictures=PICTURES, resolution=64, **prio
 
     wuerstchen.WuerstchenPriorPipeline(
         tokenizer=tokenizer,
-        text_encoder=make_text_encoder(tokenizer, PRIOR_TEXT_WIDTH, seed=seed),
+        text_encoder=text_encoder or make_text_encoder(tokenizer, PRIOR_TEXT_WIDTH, seed=seed),
         prior=make_prior(seed=seed + 1, **prior_kwargs),
         scheduler=DDPMWuerstchenScheduler(),
         latent_mean=LATENT_MEAN,
         latent_std=LATENT_STD,
     ).save_pretrained(prior_folder)
 
-    decoder, vqgan = make_decoder(seed=seed + 2)
+    decoder, vqgan = decoder_and_vqgan or make_decoder(seed=seed + 2)
     wuerstchen.WuerstchenDecoderPipeline(
         tokenizer=tokenizer,
         text_encoder=make_text_encoder(tokenizer, DECODER_TEXT_WIDTH, seed=seed + 3),
@@ -258,12 +323,21 @@ def make_tiny_models(folder, *, seed=0, pictures=PICTURES, resolution=64, **prio
     return prior_folder, decoder_folder, encoder_folder
 
 
+def make_demo_models(folder):
+    """The models of the README's first command. The decoder knows the latents of this seed's encoder only."""
+    return make_tiny_models(
+        folder,
+        resolution=DEMO_RESOLUTION,
+        text_encoder=make_distinct_text_encoder(),
+        decoder_and_vqgan=load_demo_decoder(),
+        dropout=0.0,
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, help="where to write prior, decoder and encoder")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    arguments = parser.parse_args()
-    for path in make_tiny_models(arguments.folder, seed=arguments.seed):
+    for path in make_demo_models(parser.parse_args().folder):
         print(f"{path.name}: {path}")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's first command draws: at its end, each prompt's image is that of its own emoji."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+from train_demo_decoder import SIDE, decode, load_pixels
+
+import train_text_to_image_prior as script
+
+README = Path(script.__file__).with_name("README.md")
+
+
+def nearest_images(images):
+    """For each of the images, (N, 3, 128, 128) in [0, 1], the row of the nearest bundled one."""
+    pixels = load_pixels(SIDE).float() / 255
+    return torch.cdist(images.flatten(1), pixels.flatten(1)).argmin(1)
+
+
+@torch.no_grad()
+def test_the_decoder_draws_the_bundled_images():
+    """Each of the 64 from its own latents, and nearly all of them also from latents that are a little off."""
+    decoder, vqgan = tiny_models.load_demo_decoder()
+    resolution = tiny_models.DEMO_RESOLUTION
+    encoder = tiny_models.make_encoder(seed=4, resolution=resolution)
+    latents = encoder(script.normalize_pixels(load_pixels(resolution)))
+    assert nearest_images(decode(decoder, vqgan, latents)).tolist() == list(range(64))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    noisy = latents + 0.25 * script.LATENT_MEAN * noise
+    correct = nearest_images(decode(decoder, vqgan, noisy)) == torch.arange(64)
+    assert correct.sum() >= 60
+    assert (nearest_images(torch.rand(8, 3, SIDE, SIDE)) == torch.arange(8)).sum() < 4, "the test can fail"
+
+
+def read_first_command(folder):
+    """The script's arguments in the README's first command, with `folder` in place of demo/."""
+    command = re.search(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    words = [word for word in shlex.split(command) if word != "\n"]
+    arguments = words[words.index("train_text_to_image_prior.py") + 1 :]
+    assert "python tests/tiny_models.py demo/models" in command
+    folders = {"=demo/": f"={folder}/", "=tests/": f"={README.parent}/tests/"}
+    for relative, absolute in folders.items():
+        arguments = [word.replace(relative, absolute) for word in arguments]
+    return arguments
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme_draws_its_prompts(tmp_path, run_main, pictures):
+    tiny_models.make_demo_models(tmp_path / "models")
+    arguments = read_first_command(tmp_path)
+    args = script.parse_args(arguments)
+    run = run_main(arguments)
+    assert run.returncode == 0, run
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    captions = [row["text"] for row in rows]
+    expected = [captions.index(prompt) for prompt in args.validation_prompts]
+    found = []
+    for step in script.list_sample_steps(tmp_path / "run"):
+        files = [script.sample_file(tmp_path / "run", step, index) for index in range(len(expected))]
+        images = torch.stack([pil_to_tensor(Image.open(file)) for file in files]).float() / 255
+        found.append((nearest_images(images) == torch.tensor(expected)).sum().item())
+    assert len(expected) == len(found) == 8, "eight prompts, at eight moments"
+    assert found[0] <= 2 and found[-1] == len(expected), found

@@ -10,8 +10,11 @@ compiler is PyTorch's own. The last tests need a GPU, on which the others are sk
 
 import functools
 import itertools
-import multiprocessing
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -264,16 +267,20 @@ def test_a_prior_that_accelerate_compiles_is_left_as_it_is(monkeypatch):
 # ---------------------------------------------------------------------------- dropout, with the real compiler
 
 
-def in_a_fork(test):
-    """Runs the test in a fork: once autograd's threads run in this process, no process forked from it can use
-    autograd."""
+def in_a_fresh_process(test):
+    """Runs the test in a process of its own: neither autograd nor OpenMP may be used in the fork of a process
+    that has used it."""
 
     @functools.wraps(test)
     def run():
-        child = multiprocessing.get_context("fork").Process(target=test)
-        child.start()
-        child.join()
-        assert child.exitcode == 0
+        code = f"import test_compile; test_compile.{test.__name__}.__wrapped__()"
+        folder = Path(__file__).parent
+        paths = os.pathsep.join([str(folder), str(folder.parent)])
+        environment = os.environ | {"PYTHONPATH": paths}
+        child = subprocess.run(
+            [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, check=False
+        )
+        assert child.returncode == 0, child.stderr
 
     return run
 
@@ -305,7 +312,7 @@ def make_inputs():
 
 @cpu_only
 @slow
-@in_a_fork
+@in_a_fresh_process
 def test_the_backward_pass_repeats_the_dropout_of_the_forward_pass():
     """With one seed's dropout, the loss along its gradient rises as the gradient predicts."""
     _, prior = priors_with_dropout()
@@ -329,7 +336,7 @@ def test_the_backward_pass_repeats_the_dropout_of_the_forward_pass():
 
 @cpu_only
 @slow
-@in_a_fork
+@in_a_fresh_process
 def test_compiled_dropout_has_the_same_distribution():
     """Mean and variance of the predictions of each of the priors, over many seeds."""
     found = []

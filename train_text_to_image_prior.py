@@ -90,15 +90,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 from modeling_efficient_net_encoder import STRIDE, EfficientNetEncoder
 
 try:
     from diffusers.pipelines import wuerstchen
-except (
-    ImportError
-):  # diffusers 0.38 moved the package, but published and saved pipelines refer to its old place
+except ImportError:  # diffusers 0.38 moved it, but published and saved pipelines refer to its old place
     from diffusers.pipelines.deprecated import wuerstchen
 
     diffusers.pipelines.wuerstchen = wuerstchen
@@ -109,10 +107,8 @@ logger = get_logger(__name__, log_level="INFO")
 # names are those of WuerstchenPriorPipeline's `latent_mean` and `latent_std`.
 LATENT_MEAN, LATENT_STD = 42.0, 1.0
 RESOLUTION_MULTIPLE = 42.67  # generated pixels per latent: WuerstchenPriorPipeline's `resolution_multiple`
-IMAGENET_MEAN, IMAGENET_STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # torchvision's EfficientNet weights
+# Those of torchvision's EfficientNet weights.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GUIDANCE_SCALE = 4.0  # of validation images: the guide's `prior_guidance_scale`
 NUM_LOSS_BANDS = 4  # equal parts of [0, 1), the timesteps, for which the held-out loss is reported
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
@@ -120,16 +116,13 @@ IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"]
 IMAGE_FORMATS = [name for name in IMAGE_FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
 MAX_IMAGE_PIXELS = 10**8  # a small file can hold an image that fills the memory
-MAX_ASPECT_RATIO = (
-    8  # longer images are cropped to it: resizing 60000 x 1 pixels to height 512 would fill the memory
-)
+# Longer images are cropped to it: resizing 60000 x 1 pixels to height 512 would fill the memory.
+MAX_ASPECT_RATIO = 8
 MIN_LOSS_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has diverged
 MAX_BAD_ROWS = 12  # unreadable rows drawn in succession, after which the data set is considered broken
 COLLECTIVE_TIMEOUT = timedelta(hours=3)  # other ranks wait while the first one downloads or saves
 BATCH_TIMEOUT = 10  # seconds without a batch after which a requested stop no longer waits for it
-DUPLICATE_SIGTERM = (
-    2.0  # seconds within which two SIGTERMs are one: a scheduler and torchrun may both send it
-)
+DUPLICATE_SIGTERM = 2.0  # seconds within which two are one: a scheduler and torchrun may both send it
 PUSH_RETRY_DELAYS = (10, 30, 60, 300, 900)  # seconds between attempts to upload during a Hub outage
 
 
@@ -148,6 +141,20 @@ def bounded(number_type: type, minimum: float, below: float = math.inf) -> Calla
     return convert
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows each flag on one line, with its default."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=44, width=110)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return getattr(action.type, "__name__", "str").upper()  # not the flag's name again
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        without = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        return action.help if without else f"{action.help} (default: %(default)s)"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Suggests a flag in place of one that does not exist."""
 
@@ -163,7 +170,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line and rejects contradictory flags before anything is loaded."""
-    parser = ArgumentParser(description="Fine-tune the Würstchen prior on captioned images.")
+    parser = ArgumentParser(
+        usage="accelerate launch %(prog)s (--dataset_name=NAME | --train_data_dir=FOLDER) [flags]",
+        description="Fine-tune the Würstchen prior on captioned images. The README explains every flag.",
+        formatter_class=HelpFormatter,
+    )
     positive_int, natural = bounded(int, 1), bounded(int, 0)
     fraction, non_negative = bounded(float, 0, 1), bounded(float, 0)
 
@@ -201,23 +212,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--loss_weighting", choices=["none", "p2"], default="none", help="p2: as in the original training")
     timesteps = {"choices": ["uniform", "stretched"], "default": "uniform"}
     add("--timestep_sampling", **timesteps, help="stretched: as in the original training")
-    add(
-        "--caption_dropout", type=fraction, default=0.0, help="fraction of captions replaced by the empty one"
-    )
+    add("--caption_dropout", type=fraction, default=0.0, help="fraction of captions that are left empty")
     add("--compile", action="store_true", help="compile the prior and replay it as CUDA graphs")
 
     add = parser.add_argument_group("optimizer, AdamW").add_argument
-    add("--learning_rate", type=non_negative, default=1e-4, help="peak of the schedule")
-    add("--lr_scheduler", choices=[schedule.value for schedule in SchedulerType], default="constant")
+    add("--learning_rate", type=non_negative, default=1e-4, help="at the schedule's peak")
+    schedules = {"choices": [schedule.value for schedule in SchedulerType], "default": "constant"}
+    add("--lr_scheduler", **schedules, metavar="NAME", help=", ".join(schedules["choices"]))
     add("--lr_warmup_steps", type=natural, default=500, help="steps, for schedules with a warm-up")
-    add(
-        "--lr_step_rules",
-        help="for piecewise_constant: factors and the steps they end at, 1:100,0.1:200,0.01",
-    )
-    add("--adam_beta1", type=fraction, default=0.9)
-    add("--adam_beta2", type=fraction, default=0.999)
-    add("--adam_weight_decay", type=non_negative, default=0.0)
-    add("--adam_epsilon", type=non_negative, default=1e-8)
+    add("--lr_step_rules", help="of piecewise_constant: factors and their last steps, 1:100,0.1:200,0.01")
+    add("--adam_beta1", type=fraction, default=0.9, help="decay of the average of gradients")
+    add("--adam_beta2", type=fraction, default=0.999, help="decay of the average of squared gradients")
+    add("--adam_weight_decay", type=non_negative, default=0.0, help="decoupled from the gradients")
+    add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the divisor")
     add("--max_grad_norm", type=bounded(float, 1e-8), default=1.0, help="gradients are clipped to this norm")
     add("--use_8bit_adam", action="store_true", help="use bitsandbytes' AdamW8bit, which needs less memory")
 
@@ -227,28 +234,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
     add("--checkpoints_total_limit", type=positive_int, help="number of checkpoints to keep; default: all")
     add("--resume_from_checkpoint", help="'latest' or the path of a checkpoint")
-    add(
-        "--validation_prompts",
-        nargs="+",
-        help="prompts of images generated before, during and after training",
-    )
+    add("--validation_prompts", nargs="+", help="of images generated before, during and after training")
     add("--validation_epochs", type=positive_int, default=5, help="epochs between validations")
     add("--validation_steps", type=positive_int, help="steps between validations, instead of epochs")
     add("--logging_dir", default="logs", help="folder of the trackers' files, under --output_dir")
     trackers = {"type": lambda text: text.replace(" ", "") or "none", "default": "tensorboard"}
-    add("--report_to", **trackers, help="comma-separated: tensorboard, wandb, comet_ml, ..., all, none")
-    add("--tracker_project_name", default="text2image-fine-tune")
+    trackers |= {"metavar": "NAMES", "help": "comma-separated: tensorboard, wandb, comet_ml, ..., all, none"}
+    add("--report_to", **trackers)
+    add("--tracker_project_name", default="text2image-fine-tune", help="project that trackers log to")
     add("--push_to_hub", action="store_true", help="upload the result at the end")
     add("--hub_model_id", help="repo to upload to; default: the name of --output_dir")
     add("--hub_private_repo", action="store_true", help="make the repo private, if it does not exist yet")
-    add("--hub_token", type=str.strip, help="sent to the Hub only; `hf auth login` is safer")
-    add(
-        "--local_rank",
-        "--local-rank",
-        type=int,
-        default=-1,
-        help="not used: Accelerate reads the environment",
-    )
+    add("--hub_token", type=str.strip, metavar="STR", help="sent to the Hub only; `hf auth login` is safer")
+    unused = {"type": int, "default": -1, "help": "not used: Accelerate reads the environment"}
+    add("--local_rank", "--local-rank", **unused)
 
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
@@ -283,7 +282,7 @@ def public_settings(args: argparse.Namespace) -> dict:
 
 
 def public_args(args: argparse.Namespace) -> str:
-    """The settings as a command line, for image files and the model card, without local paths."""
+    """The settings as flags for a shell, for image files and the model card, without local paths."""
     words = []
     for name, value in public_settings(args).items():
         is_local_path = name.endswith(("_path", "_dir", "dataset_name")) and os.path.exists(str(value))
@@ -306,6 +305,11 @@ def explain_errors(flag: str, value, kind: type[Exception] = Exception) -> Itera
             error = error.__cause__  # the reason, for example a full disk
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         name = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        cause = error
+        while cause is not None:
+            if isinstance(cause, hub.errors.LocalEntryNotFoundError):
+                name, reason = "", "it is not a local folder, not in the cache, and the Hub cannot be reached"
+            cause = cause.__cause__ or cause.__context__
         raise SystemExit(f"{flag}={value}: {name}{printable(reason)}") from None
 
 
@@ -480,6 +484,12 @@ def exit_on_signals(received: list[int]):
 
 
 # ------------------------------------------------------------------------------------------------------- data
+# For a folder of images without captions.
+CAPTIONS_ADVICE = """Write the captions to metadata.jsonl in that folder, a line for each image:
+{"file_name": "cat.jpg", "text": "a cat on a sofa"}
+{"file_name": "more/dog.png", "text": "a dog in the snow"}"""
+
+
 def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
     """Loads the images, still encoded (`load_image` decodes them), and captions to train on."""
     source, flag = args.dataset_name, "--dataset_name"
@@ -497,7 +507,8 @@ def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
     for flag, column in columns.items():
         if column not in dataset.column_names:
             names = ", ".join(dataset.column_names)
-            raise SystemExit(f"{flag}={column}: there is no such column, only {names}")
+            advice = f"\n{CAPTIONS_ADVICE}" if dataset.column_names in (["image"], ["image", "label"]) else ""
+            raise SystemExit(f"{flag}={column}: there is no such column, only {names}{advice}")
     feature = dataset.features[args.image_column]
     is_struct = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
     is_binary = isinstance(feature, datasets.Value) and "binary" in feature.dtype
@@ -539,17 +550,33 @@ def load_splits(source: str, config_name: str | None, cache_dir: str | None, is_
     names = [name for name in ("train", "validation", "test") if (folder / name).is_dir()]
     data_files = {name: f"{root}/{name}/**" for name in names} or {"train": f"{root}/**"}
     splits = datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir)
-    if (
-        len(list(folder.rglob("metadata.*"))) > 1
-    ):  # `datasets` reads them in an order that changes from run to run
+    report_unused_images(folder, splits)
+    if len(list(folder.rglob("metadata.*"))) > 1:  # read in an order that changes from run to run
         splits = {name: sort_by_path(split) for name, split in splits.items()}
     return splits
 
 
+def image_paths(dataset: datasets.Dataset) -> list[str]:
+    """The image files of an imagefolder's rows."""
+    return [image["path"] for image in dataset.cast_column("image", datasets.Image(decode=False))["image"]]
+
+
 def sort_by_path(dataset: datasets.Dataset) -> datasets.Dataset:
     """Sorts rows by the names of their image files."""
-    paths = [image["path"] for image in dataset.cast_column("image", datasets.Image(decode=False))["image"]]
-    return dataset.select(np.argsort(paths, kind="stable"), keep_in_memory=True)
+    return dataset.select(np.argsort(image_paths(dataset), kind="stable"), keep_in_memory=True)
+
+
+def report_unused_images(folder: Path, splits: dict):
+    """Logs how many images in a folder the metadata does not name."""
+    used = {path for split in splits.values() for path in image_paths(split)}
+    folder = folder.resolve()
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+    hidden = (".", "__")  # `datasets` ignores them
+    files = [file for file in files if not any(p.startswith(hidden) for p in file.relative_to(folder).parts)]
+    unused = sorted({str(file) for file in files} - used)
+    if unused:
+        message = f"{len(unused)} of {len(files)} images in {folder} are not used: its metadata does not name"
+        logger.warning(f"{message} {printable(unused[0], 200)}{' and others' if unused[1:] else ''}")
 
 
 def split_held_out(num_rows: int, held_out: float | None, seed: int) -> tuple[np.ndarray | range, np.ndarray]:
@@ -567,9 +594,9 @@ def split_held_out(num_rows: int, held_out: float | None, seed: int) -> tuple[np
     return permutation[int(num_held_out) :], permutation[: int(num_held_out)]
 
 
-def hash_rows(dataset: datasets.Dataset, args: argparse.Namespace) -> str:
-    """A hash of all captions and of the names and sizes of all images, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
+def describe_rows(dataset: datasets.Dataset, args: argparse.Namespace) -> Iterator[tuple]:
+    """Yields each row's image path, the image's size in bytes, None if it is missing, and its captions.
+    Images are not read."""
     for table in dataset.with_format("arrow").iter(batch_size=1000):  # maps images that are in it, unread
         images = table[args.image_column].combine_chunks()
         paths = pc.struct_field(images, "path").to_pylist()
@@ -577,10 +604,44 @@ def hash_rows(dataset: datasets.Dataset, args: argparse.Namespace) -> str:
         captions = table[args.caption_column].to_pylist()
         for path, size, caption in zip(paths, sizes, captions, strict=True):
             if size is None and path is not None:
-                with contextlib.suppress(OSError):  # a missing file is an unreadable row
+                with contextlib.suppress(OSError):
                     size = os.path.getsize(path)
-            digest.update(repr((os.path.basename(path or ""), size, caption)).encode())
+            yield path, size, caption
+
+
+def hash_rows(dataset: datasets.Dataset, args: argparse.Namespace) -> str:
+    """A hash of all captions and of the names and sizes of all images, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, size, captions in describe_rows(dataset, args):
+        digest.update(repr((os.path.basename(path or ""), size, captions)).encode())
     return digest.hexdigest()
+
+
+def check_rows(dataset: datasets.Dataset, args: argparse.Namespace, tokenizer: CLIPTokenizerFast):
+    """Ends the run if images are missing or captions are no text, unless they may be skipped, and logs how
+    many captions the text encoder will not read to their end. Takes seconds for 100,000 rows."""
+    errors, texts = [], []
+    for row, (path, size, captions) in enumerate(describe_rows(dataset, args)):
+        try:
+            texts += list_captions({args.caption_column: captions, args.image_column: {"path": path}}, args)
+            if not size:
+                raise ValueError(f"the image ({printable(path or 'no file name', 200)}) is missing or empty")
+        except ValueError as error:
+            errors.append(f"row {row}: {error}")
+    if errors:
+        message = f"{len(errors)} of {len(dataset)} rows cannot be used, the first: {errors[0]}"
+        if not args.skip_bad_rows:
+            raise SystemExit(f"{message}; fix them, or skip such rows with --skip_bad_rows")
+        logger.warning(message)
+    max_length = tokenizer.model_max_length
+    for what, captions in (("captions", texts), ("--validation_prompts", args.validation_prompts or [])):
+        lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids] if captions else []
+        too_long = [caption for caption, length in zip(captions, lengths, strict=True) if length > max_length]
+        if too_long:
+            logger.warning(
+                f"{len(too_long)} of {len(captions)} {what} are longer than the text encoder's {max_length} "
+                f"tokens and are cut, for example: {printable(too_long[0], 100)}"
+            )
 
 
 def image_folders(args: argparse.Namespace) -> list[Path]:
@@ -799,6 +860,11 @@ class SamplePlan:
     def samples_per_step(self) -> int:
         return self.num_processes * self.train_batch_size * self.gradient_accumulation_steps
 
+    def __str__(self) -> str:
+        factors = f"{self.train_batch_size} x {self.gradient_accumulation_steps} micro-steps"
+        samples = f"{self.samples_per_step} samples a step ({factors} x {self.num_processes} processes)"
+        return f"{self.num_rows} rows, {samples}, seed {self.seed}"
+
     def train_batches(self, rank: int, first_step: int, last_step: int) -> Iterator[range]:
         """The positions of each of a rank's micro-batches in the steps [first_step, last_step)."""
         size, stride = self.train_batch_size, self.num_processes * self.train_batch_size
@@ -912,19 +978,27 @@ def load_text_encoder(args: argparse.Namespace, dtype: torch.dtype) -> CLIPTextM
     return CLIPTextModel.from_pretrained(source, **location, dtype=dtype)
 
 
-def load_encoders(
-    args: argparse.Namespace, dtype: torch.dtype, device: torch.device
-) -> tuple[CLIPTokenizerFast, CLIPTextModel, EfficientNetEncoder]:
-    """The tokenizer and both encoders, frozen."""
+def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizerFast:
+    """The tokenizer of the prior's text encoder."""
     source = args.pretrained_prior_model_name_or_path
     with explain_errors("--pretrained_prior_model_name_or_path", source):
-        tokenizer = CLIPTokenizerFast.from_pretrained(source, subfolder="tokenizer", cache_dir=args.cache_dir)
+        # First, since transformers 4 does not say why it could not load a tokenizer.
+        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", cache_dir=args.cache_dir)
+        return CLIPTokenizerFast.from_pretrained(source, subfolder="tokenizer", cache_dir=args.cache_dir)
+
+
+def load_encoders(
+    args: argparse.Namespace, dtype: torch.dtype, device: torch.device
+) -> tuple[CLIPTextModel, EfficientNetEncoder]:
+    """The text encoder and the image encoder, frozen."""
+    source = args.pretrained_prior_model_name_or_path
+    with explain_errors("--pretrained_prior_model_name_or_path", source):
         text_encoder = load_text_encoder(args, dtype).requires_grad_(False).eval().to(device)
     source = args.pretrained_image_encoder_name_or_path
     with explain_errors("--pretrained_image_encoder_name_or_path", source):
         image_encoder = EfficientNetEncoder.load(source, args.cache_dir)
         image_encoder.requires_grad_(False).eval().to(device, dtype)
-    return tokenizer, text_encoder, image_encoder
+    return text_encoder, image_encoder
 
 
 def load_prior(
@@ -1208,6 +1282,8 @@ class Validator:
                 images = self.generate_images(global_step) if self.prompt_embeds else []
                 losses = self.compute_held_out_loss() if self.held_out_dataloader is not None else {}
             self.prior.train()
+            if losses:
+                logger.info(f"Held-out loss at step {global_step}: {losses['val_loss']:.4f}")
             if self.accelerator.is_main_process:
                 log_images(self.accelerator, self.args, images, global_step)
             log_metrics(self.accelerator, losses, global_step)  # last: `is_done` looks for them
@@ -1444,8 +1520,20 @@ def check_same_plan(plan: SamplePlan, state: TrainState, checkpoint: Path | None
             raise SystemExit(f"{checkpoint} cannot be resumed exactly: its run had {what}")
 
 
-def report_changed_settings(args: argparse.Namespace, state: TrainState, checkpoint: Path | None):
-    """Logs which flags differ from those of the run that is resumed. Another optimizer is an error."""
+def report_settings(args: argparse.Namespace, plan: SamplePlan, state: TrainState, checkpoint: Path | None):
+    """Logs sizes that are possible but rarely meant, and which flags differ from those of the run that is
+    resumed. Another optimizer is an error."""
+    if args.resolution % STRIDE:
+        side = math.ceil(args.resolution / STRIDE)
+        as_with = f"images become {side} x {side} latents, as with {side * STRIDE}"
+        logger.warning(f"--resolution={args.resolution} is not a multiple of {STRIDE}: {as_with}")
+    if plan.samples_per_step > plan.num_rows:
+        logger.warning(
+            f"There are fewer rows, {plan.num_rows}, than samples in a step, {plan.samples_per_step}: "
+            "each step has some of them more than once"
+        )
+    if state.global_step >= args.max_train_steps:
+        logger.info(f"{checkpoint}: nothing is left to train, only to save")
     if state.settings is None:
         return
     if state.settings["use_8bit_adam"] != args.use_8bit_adam:
@@ -1648,7 +1736,8 @@ def log_images(
         for index, (prompt, image) in enumerate(captioned):
             text = PngInfo()
             text.add_itxt("prompt", prompt)
-            text.add_itxt("settings", f"{public_args(args)}, prior_guidance_scale={GUIDANCE_SCALE}")
+            text.add_itxt("settings", public_args(args))
+            text.add_itxt("prior_guidance_scale", str(GUIDANCE_SCALE))
             file = sample_file(output_dir, global_step, index)
             file.parent.mkdir(exist_ok=True)
             partial = file.with_name("partial.png")  # renamed when it is complete
@@ -1779,9 +1868,7 @@ def save_pipeline(
     prior_folder = partial / "prior_pipeline"
     with explain_errors("--output_dir", output_dir):
         delete(partial)
-        text_encoder = load_text_encoder(
-            args, torch.float32
-        )  # again: the one used in training is in half precision
+        text_encoder = load_text_encoder(args, torch.float32)  # the one in use may be in half precision
         components = {"prior": prior, "text_encoder": text_encoder}
         components |= {"tokenizer": tokenizer, "scheduler": noise_scheduler}
         save_components(components, prior_folder)
@@ -1828,7 +1915,8 @@ if not hasattr(diffusers.pipelines, "wuerstchen"):  # from 0.38 on
     diffusers.pipelines.wuerstchen = wuerstchen
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-pipeline = diffusers.AutoPipelineForText2Image.from_pretrained("{{ repo_id }}", torch_dtype=dtype).to(device)
+source = {{ source }}
+pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(source, torch_dtype=dtype).to(device)
 prompt = {{ prompt }}
 size, guidance_scale = {{ size }}, {{ guidance_scale }}
 image = pipeline(prompt, width=size, height=size, prior_guidance_scale=guidance_scale).images[0]
@@ -1840,8 +1928,11 @@ The weights are float32. The prior alone, with its text encoder, is the pipeline
 ## How it was trained
 
 For {{ global_step }} steps of {{ plan.samples_per_step }} samples, {{ epochs }} epochs of
-{{ plan.num_rows }} rows, in {{ hours }} hours on {{ plan.num_processes }} x {{ device }}, with seed
-{{ plan.seed }} and `{{ settings }}`.
+{{ plan.num_rows }} rows, in {{ duration }} on {{ plan.num_processes }} x {{ device }}, with
+
+```bash
+{{ settings }}
+```
 
 ![training loss](loss.png)
 """
@@ -1876,11 +1967,13 @@ def save_model_card(
         datasets=None if dataset_is_local else [dataset],
         widget=widget or None,
     )
-    speeds = [row["images_per_second"] for row in read_metrics(output_dir) if "images_per_second" in row]
+    # A result that is not uploaded can be loaded from any folder, too.
+    source = args.hub_model_id if args.push_to_hub else str(output_dir.resolve())
     card = hub.ModelCard.from_template(
         card_data,
         template_str=MODEL_CARD.lstrip(),
         repo_id=args.hub_model_id,
+        source=json.dumps(source, ensure_ascii=False),
         base_model=Path(base_model).name if base_is_local else base_model,
         dataset="local images" if dataset_is_local else dataset,
         prompts=prompts,
@@ -1891,11 +1984,47 @@ def save_model_card(
         global_step=global_step,
         plan=plan,
         epochs=f"{global_step * plan.samples_per_step / plan.num_rows:.1f}",
-        hours=f"{sum(plan.samples_per_step / speed for speed in speeds) / 3600:.1f}",
+        duration=format_duration(training_seconds(output_dir, plan)),
         device=torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        settings=public_args(args),
+        settings=f"accelerate launch {Path(__file__).name} {public_args(args)}",
     )
     card.save(output_dir / "README.md")
+
+
+def training_seconds(output_dir: Path, plan: SamplePlan) -> float:
+    """The time of all logged steps, also of those before the run was resumed."""
+    speeds = [row["images_per_second"] for row in read_metrics(output_dir) if "images_per_second" in row]
+    return sum(plan.samples_per_step / speed for speed in speeds)
+
+
+def format_duration(seconds: float) -> str:
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def log_summary(args: argparse.Namespace, global_step: int, plan: SamplePlan):
+    """Says what a run that has ended has left where, and what can be done next."""
+    output_dir = Path(args.output_dir)
+    seconds = training_seconds(output_dir, plan)
+    speed = global_step * plan.samples_per_step / seconds if seconds else 0.0
+    lines = [f"{global_step} steps in {format_duration(seconds)}, {speed:.1f} images/s"]
+    losses = [(row["step"], row["val_loss"]) for row in read_metrics(output_dir) if "val_loss" in row]
+    if losses:
+        values = [f"{loss:.4f} at step {step}" for step, loss in dict.fromkeys((losses[0], losses[-1]))]
+        lines.append(f"held-out loss: {', '.join(values)}")
+    lines.append(f"curve of the loss: {output_dir / 'loss.png'}")
+    if list_sample_steps(output_dir):
+        lines.append(f"images: {output_dir / 'samples' / 'contact-sheet.png'}")
+    lines.append(f"result: {output_dir}, and how to generate images with it: {output_dir / 'README.md'}")
+    resume = "the same command with --resume_from_checkpoint=latest and"
+    lines.append(f"to train on: {resume} --max_train_steps={2 * global_step}")
+    if args.push_to_hub:
+        lines.append(f"published on the Hub as {args.hub_model_id}")
+    else:
+        lines.append(f"to publish: {resume} --push_to_hub")
+    logger.info("\n  ".join(["Done", *lines]))
 
 
 def push_to_hub(repo_id: str, output_dir: Path, global_step: int, token: str | None):
@@ -2219,6 +2348,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     # full and each row is used once an epoch.
     with accelerator.local_main_process_first():
         dataset = load_train_dataset(args)
+    tokenizer = load_tokenizer(args)
+    check_rows(dataset, args, tokenizer)
     train_rows, held_out_rows = split_held_out(len(dataset), args.validation_split, args.seed)
     plan = SamplePlan(
         seed=args.seed,
@@ -2231,11 +2362,11 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     check_same_plan(plan, state, checkpoint)
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * plan.num_rows / plan.samples_per_step)
-    report_changed_settings(args, state, checkpoint)
+    report_settings(args, plan, state, checkpoint)
     state.plan, state.settings = asdict(plan), public_settings(args)
 
     # The models. The encoders are frozen, in half precision under mixed precision; the prior is float32.
-    tokenizer, text_encoder, image_encoder = load_encoders(args, frozen_dtype(accelerator), device)
+    text_encoder, image_encoder = load_encoders(args, frozen_dtype(accelerator), device)
     prior = load_prior(args, checkpoint, text_encoder, image_encoder).to(device)
     ema_prior = load_ema(args, prior, checkpoint, device)
     noise_scheduler = load_noise_scheduler(device)
@@ -2276,9 +2407,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         init_trackers(accelerator, args, state)
         with only_warn("Truncating loss.jsonl"):
             truncate_logs(output_dir, first_step if checkpoint else -1)
-    logger.info(f"Training from step {first_step} to {args.max_train_steps} on {device}: {plan}")
-    if checkpoint is not None and first_step >= args.max_train_steps:
-        logger.info(f"{checkpoint}: nothing is left to train, only to save")
+    logger.info(f"Training from step {first_step} to {args.max_train_steps} on {device.type}: {plan}")
     signals = []
     validator = Validator(
         accelerator=accelerator,
@@ -2364,16 +2493,16 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 
     # The result is on disk before anything is validated or uploaded.
     exit_on_signals(signals)
-    image_size = None
     with ema_weights(validator.prior, ema_prior):
-        if is_main_process:
-            image_size = save_pipeline(args, validator.prior, tokenizer, noise_scheduler)
+        save_args = (args, validator.prior, tokenizer, noise_scheduler)
+        image_size = save_pipeline(*save_args) if is_main_process else None
     validator.log_validation(state.global_step)
     if is_main_process:
         with only_warn("Writing README.md"):
             save_model_card(args, image_size, state.global_step, plan, device)
         if args.push_to_hub:
             push_to_hub(args.hub_model_id, output_dir, state.global_step, args.hub_token)
+        log_summary(args, state.global_step, plan)
     with only_warn("Closing the trackers"):
         accelerator.end_training()
 

@@ -120,7 +120,7 @@ def test_dataset_name_has_precedence_over_train_data_dir_with_a_warning(run_main
     run = run_main(tiny_args(models, tmp_path / "not used", tmp_path / "out", **flags))
     assert run.returncode == 0, run
     assert re.search(r"WARNING .*--train_data_dir=.*not used is ignored.*--dataset_name", run.output)
-    assert re.search(r"Training from step 0 to 1 on cpu: .*num_rows=8\b", run.output)
+    assert re.search(r"Training from step 0 to 1 on cpu: 8 rows, ", run.output)
 
 
 def test_missing_folder_is_refused(refused, tmp_path):
@@ -144,10 +144,16 @@ def test_unknown_column_is_refused_with_the_columns_listed(refused):
     refused("--caption_column=caption: .*image, text, captions, group", caption_column="caption")
 
 
-def test_images_without_captions_are_refused(refused, tmp_path):
+def test_images_without_captions_are_refused_with_an_example(run_main, models, tmp_path):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "data" / "a.png")
-    refused("--caption_column=text: .*no such column, only image", train_data_dir=tmp_path / "data")
+    run = run_main(tiny_args(models, tmp_path / "data", tmp_path / "out"))
+    assert run.returncode == 1, run
+    *_, reason, advice, first, second = run.output.splitlines()
+    assert reason == "--caption_column=text: there is no such column, only image"
+    assert advice == "Write the captions to metadata.jsonl in that folder, a line for each image:"
+    for line in (first, second):
+        assert json.loads(line).keys() == {"file_name", "text"}
 
 
 def test_image_column_of_strings_is_refused(refused):
@@ -164,6 +170,104 @@ def test_image_column_of_other_structs_is_refused(refused, tmp_path):
 def test_data_set_without_a_train_split_is_refused(refused, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "data" / "test")
     refused("--train_data_dir=.*: .*no .*split.* train.*test", train_data_dir=tmp_path / "data")
+
+
+@pytest.fixture
+def write_metadata(pictures, tmp_path):
+    """write_metadata(edit): a folder of the first six images, and its rows as `edit` changes them."""
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()][:6]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for row in rows:
+        shutil.copy(pictures / row["file_name"], folder)
+
+    def write(edit):
+        edit(rows)
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Fails if a model is loaded."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a model is loaded")
+
+    for name in ("load_encoders", "load_prior"):
+        monkeypatch.setattr(script, name, fail)
+
+
+def test_missing_images_and_captions_end_the_run_before_models_are_loaded(
+    write_metadata, refused, train, no_models, monkeypatch
+):
+    def edit(rows):
+        rows[1]["file_name"] = "nowhere.png"
+        rows[4]["text"] = None
+
+    folder = write_metadata(edit)
+    image = r"the image \(.*/data/nowhere.png\) is missing or empty"
+    reason = f"2 of 6 rows cannot be used, the first: row 1: {image}"
+    refused(f"^{reason}; fix them, or skip such rows with --skip_bad_rows$", train_data_dir=folder)
+    monkeypatch.undo()
+    run = train(train_data_dir=folder, skip_bad_rows=True)
+    assert run.returncode == 0 and re.search(f"WARNING .*{reason}\n", run.output), run
+
+
+def test_images_that_the_metadata_does_not_name_are_counted(write_metadata, train, tmp_path):
+    def edit(rows):
+        del rows[3:]
+
+    folder = write_metadata(edit)
+    for hidden in (".thumbnails", "__MACOSX"):
+        (folder / hidden).mkdir()
+        shutil.copy(next(folder.glob("*.jpg")), folder / hidden / "hidden.jpg")
+    run = train(train_data_dir=folder)
+    assert run.returncode == 0 and "3 of 6 images in" in run.output, run
+    for file in {path.name for path in folder.glob("*.*")} - {"metadata.jsonl"}:
+        (folder / file).unlink() if file > "0003" else None
+    run = train(train_data_dir=folder, output_dir=tmp_path / "again")
+    assert run.returncode == 0 and "are not used" not in run.output, run
+
+
+def test_captions_and_prompts_that_are_cut_are_counted(write_metadata, train):
+    """The text encoder's 77 tokens include those of the beginning and the end."""
+
+    def edit(rows):
+        rows[1]["text"] = " ".join(["apple"] * 75)
+        rows[2]["text"] = " ".join(["apple"] * 76)
+        rows[5]["text"] = " ".join(["pear"] * 200)
+
+    run = train(train_data_dir=write_metadata(edit), validation_prompts=["moon", "moon " * 80])
+    assert run.returncode == 0, run
+    assert "2 of 6 captions are longer than the text encoder's 77 tokens and are cut" in run.output
+    assert "1 of 2 --validation_prompts are longer than the text encoder's 77 tokens" in run.output
+    run = train(validation_prompts="moon")
+    assert run.returncode == 0 and "tokens" not in run.output, run
+
+
+def test_sizes_that_are_rarely_meant_are_reported(train):
+    run = train(resolution=80, max_train_samples=3)
+    assert "--resolution=80 is not a multiple of 32: images become 3 x 3 latents, as with 96" in run.output
+    assert "There are fewer rows, 3, than samples in a step, 4" in run.output
+    run = train(max_train_samples=4)
+    assert run.returncode == 0 and "WARNING" not in run.output, run
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.parse_args(["--help"])
+    assert ended.value.code == 0
+    first, *entries = re.split(r"\n  (?=--)", capsys.readouterr().out)
+    assert len(first.split("\n\n")[0]) < 150, "the usage does not repeat the flags"
+    entries = {entry.split()[0]: "".join(entry.split("\n\n")[0].split()) for entry in entries}
+    defaults = vars(script.parse_args(["--train_data_dir=x"])) | {"train_data_dir": None}
+    assert entries.keys() == {f"--{name}" for name in defaults}
+    for name, value in defaults.items():
+        shown = value is not None and value is not False
+        assert (f"(default:{value})" in entries[f"--{name}"]) == shown, name
 
 
 def test_unreadable_row_ends_the_run_with_its_number_and_file(refused, pictures, tmp_path):
@@ -259,6 +363,15 @@ def test_missing_model_is_refused(model, refused, tmp_path):
     refused(f"--{flag}=.*nowhere: .*nowhere", **{flag: tmp_path / "nowhere"})
 
 
+@pytest.mark.parametrize("model", ["prior", "decoder", "image_encoder"])
+def test_model_that_is_nowhere_without_a_connection_is_refused(model, run_main, models, pictures, tmp_path):
+    flag = model_flag(model)
+    run = run_main(tiny_args(models, pictures, tmp_path / "out", **{flag: "nobody/nothing"}))
+    reason = "it is not a local folder, not in the cache, and the Hub cannot be reached"
+    assert run.returncode == 1 and "Traceback" not in run.output, run
+    assert run.output.splitlines()[-1] == f"--{flag}=nobody/nothing: {reason}"
+
+
 @pytest.mark.parametrize("model", ["prior", "image_encoder"])
 def test_folder_of_another_model_is_refused(model, refused, models):
     flag = model_flag(model)
@@ -313,7 +426,8 @@ def refused_after(run_main, models, pictures, earlier):
     no file changes."""
 
     def modification_times():
-        return {path: path.stat().st_mtime_ns for path in earlier.rglob("*") if path.is_file()}
+        files = [path for path in earlier.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: path.stat().st_mtime_ns for path in files}
 
     def check(*patterns, **flags):
         before = modification_times()

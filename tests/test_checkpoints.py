@@ -297,6 +297,7 @@ def test_run_on_a_full_disk_ends_with_an_error(models, pictures, tmp_path, run_m
     assert "--output_dir" in last_line and "No space left" in last_line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "lost"),
     [

@@ -52,6 +52,7 @@ def run_out_of_memory(args, tmp_path, launcher=()):
     return process.returncode, (tmp_path / "log").read_text(errors="replace")
 
 
+@pytest.mark.slow
 def test_an_error_in_the_training_loop_ends_the_process_and_its_workers(models, pictures, tmp_path):
     args = tiny_args(models, pictures, tmp_path / "run", **READERS)
     status, output = run_out_of_memory(args, tmp_path)

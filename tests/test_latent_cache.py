@@ -770,12 +770,11 @@ def test_two_ranks_share_the_shards_and_train_as_without_the_cache(
 
 @pytest.fixture(scope="module")
 def broken_images(pictures, tmp_path_factory):
-    """A folder of ten rows, of which row 3 has a truncated image and row 7 no caption; and the name of row
-    3's file."""
+    """A folder of ten rows, of which rows 3 and 7 have truncated images; and the name of row 3's file."""
     folder = tmp_path_factory.mktemp("broken") / "images"
     rows = copy_images(pictures, folder)
-    os.truncate(folder / rows[3]["file_name"], 900)
-    rows[7]["text"] = None
+    for row in (3, 7):
+        os.truncate(folder / rows[row]["file_name"], 900)
     write_rows(folder, rows)
     return folder, rows[3]["file_name"]
 

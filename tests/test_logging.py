@@ -383,6 +383,36 @@ def test_samples_contain_their_prompt_and_the_settings(uninterrupted):
         assert TOKEN not in str(text)
 
 
+def test_a_run_says_what_it_left_and_what_comes_next(uninterrupted):
+    text = uninterrupted.output
+    rows = [json.loads(line) for line in (uninterrupted.folder / "loss.jsonl").read_text().splitlines()]
+    last = max(row["step"] for row in rows)
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    for step, loss in losses.items():
+        assert f"Held-out loss at step {step}: {loss:.4f}\n" in text
+    summary = text[text.index("INFO [RANK 0] Done\n") :]
+    assert re.search(rf"^  {last} steps in \d+ seconds, [\d.]+ images/s$", summary, re.MULTILINE)
+    assert f"  held-out loss: {losses[0]:.4f} at step 0, {losses[last]:.4f} at step {last}\n" in summary
+    for path in re.findall(rf"{re.escape(str(uninterrupted.folder))}[\w./-]*", summary):
+        assert os.path.exists(path), path
+    assert "samples/contact-sheet.png" in summary and "loss.png" in summary and "README.md" in summary
+    assert f"--resume_from_checkpoint=latest and --max_train_steps={2 * last}\n" in summary
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 seconds"),
+        (59, "59 seconds"),
+        (90, "1.5 minutes"),
+        (3500, "58.3 minutes"),
+        (5400, "1.5 hours"),
+    ],
+)
+def test_durations_have_a_unit_that_fits(seconds, text):
+    assert script.format_duration(seconds) == text
+
+
 def write_sample(folder, step, prompt_index, image, prompt):
     file = folder / "samples" / f"step-{step:07d}-prompt-{prompt_index}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -805,6 +835,7 @@ def test_a_resumed_run_continues_its_wandb_run(killed_and_resumed, uninterrupted
     assert steps == {4, 5, 6, 7}, "what follows checkpoint-3"
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_validates_lacks_no_validation(start_run, uninterrupted, tmp_path):
     """It validates at step 6, after it has saved checkpoint-6, from which it is resumed."""
     folder = tmp_path / "run"

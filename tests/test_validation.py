@@ -310,7 +310,7 @@ def test_held_out_rows_are_never_trained_on_and_all_others_are(run_with_ema, sma
     assert len(trained) == 7 * 4
     assert sorted(held_out) == sorted(held_out_rows)
     assert set(trained) == set(range(NUM_ROWS)) - set(held_out_rows)
-    assert "num_rows=8," in run_with_ema.output
+    assert ": 8 rows, " in run_with_ema.output
     epochs = {step: step / 2 for step in range(1, 8)}
     assert read_curve(run_with_ema.folder, "epoch") == epochs, "of eight rows"
 

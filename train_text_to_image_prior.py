@@ -12,13 +12,13 @@ The file reads in the order in which it runs, and `main`, at its end, is the sum
 
     arguments      parse_args, public_args, explain_errors
     setup          setup_accelerator, check_destinations, init_trackers, deferred_signals
-    data           load_train_dataset, make_augmentations, choose_caption, preprocess_train, SamplePlan
+    data           load_train_dataset, check_rows, make_augmentations, choose_caption, SamplePlan
     models         load_encoders, load_prior, load_ema, make_optimizer, make_lr_scheduler
     diffusion      encode_batch, sample_timesteps, diffusion_loss
     validation     is_validation_due, Validator
     checkpoints    TrainState, find_checkpoint, load_train_state, save_checkpoint
     logging        log_metrics, log_images, save_contact_sheet, save_loss_curve
-    publishing     save_pipeline, save_model_card, push_to_hub
+    publishing     save_pipeline, save_model_card, log_summary, push_to_hub
     cache latents  cache_latents, preprocess_cached (need not be read)
     compile        compile_prior (need not be read)
     main           main
@@ -1984,17 +1984,17 @@ def save_model_card(
         global_step=global_step,
         plan=plan,
         epochs=f"{global_step * plan.samples_per_step / plan.num_rows:.1f}",
-        duration=format_duration(training_seconds(output_dir, plan)),
+        duration=format_duration(sum(step_durations(output_dir, plan))),
         device=torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         settings=f"accelerate launch {Path(__file__).name} {public_args(args)}",
     )
     card.save(output_dir / "README.md")
 
 
-def training_seconds(output_dir: Path, plan: SamplePlan) -> float:
-    """The time of all logged steps, also of those before the run was resumed."""
+def step_durations(output_dir: Path, plan: SamplePlan) -> list[float]:
+    """The seconds of each logged step, also of those before the run was resumed."""
     speeds = [row["images_per_second"] for row in read_metrics(output_dir) if "images_per_second" in row]
-    return sum(plan.samples_per_step / speed for speed in speeds)
+    return [plan.samples_per_step / speed for speed in speeds]
 
 
 def format_duration(seconds: float) -> str:
@@ -2004,12 +2004,15 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
+@only_warn("The summary")
 def log_summary(args: argparse.Namespace, global_step: int, plan: SamplePlan):
     """Says what a run that has ended has left where, and what can be done next."""
     output_dir = Path(args.output_dir)
-    seconds = training_seconds(output_dir, plan)
-    speed = global_step * plan.samples_per_step / seconds if seconds else 0.0
-    lines = [f"{global_step} steps in {format_duration(seconds)}, {speed:.1f} images/s"]
+    lines = [f"{global_step} steps"]
+    durations = step_durations(output_dir, plan)
+    if durations:
+        speed = plan.samples_per_step / np.mean(durations)
+        lines[0] += f" in {format_duration(sum(durations))}, {speed:.1f} images/s"
     losses = [(row["step"], row["val_loss"]) for row in read_metrics(output_dir) if "val_loss" in row]
     if losses:
         values = [f"{loss:.4f} at step {step}" for step, loss in dict.fromkeys((losses[0], losses[-1]))]

@@ -351,7 +351,11 @@ def test_a_stop_whose_checkpoint_failed_says_so(models, pictures, tmp_path, run_
 
 def test_a_closed_terminals_signal_is_a_stop(models, pictures, tmp_path, run_main, monkeypatch):
     send_at_step(monkeypatch, 2, signal.SIGHUP)
-    finished = run_main(tiny_args(models, pictures, tmp_path / "run", **SHORT | {"max_train_steps": 20}))
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    try:
+        finished = run_main(tiny_args(models, pictures, tmp_path / "run", **SHORT | {"max_train_steps": 20}))
+    finally:
+        signal.signal(signal.SIGHUP, previous)
     assert finished.returncode == 128 + signal.SIGHUP, finished
     assert len(script.list_checkpoints(tmp_path / "run")) == 1
 

@@ -166,7 +166,7 @@ def assert_trains_alike(compiled, plain, exact=None, tolerance=1e-4):
     ("accumulation", "flags", "backend"),
     [
         (3, {}, PARTITIONED),
-        (1, CHECKPOINTING, PARTITIONED),
+        pytest.param(1, CHECKPOINTING, PARTITIONED, marks=slow),
         pytest.param(1, {}, PARTITIONED, marks=slow),
         pytest.param(3, CHECKPOINTING, PARTITIONED, marks=slow),
         pytest.param(3, BF16, PARTITIONED, marks=slow),

@@ -595,7 +595,9 @@ def test_starting_at_a_late_step_decodes_no_earlier_image(tokenizer, monkeypatch
     assert [Path(path).name for path in opened] == [ROWS[row]["file_name"] for row in order]
 
 
-@pytest.mark.parametrize(("start_method", "workers"), [("fork", 2), ("spawn", 1)])
+@pytest.mark.parametrize(
+    ("start_method", "workers"), [("fork", 2), pytest.param("spawn", 1, marks=pytest.mark.slow)]
+)
 def test_workers_return_the_same_batches_as_one_process(start_method, workers, tokenizer):
     flags = {"train_data_dir": PICTURES, "resolution": 32, "caption_column": "captions"}
     flags |= {"caption_dropout": 0.3}

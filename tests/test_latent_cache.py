@@ -865,7 +865,7 @@ def break_transforms():
     script.make_image_transforms = lambda resolution, augmentations=(): raise_error
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_the_reason_of_any_other_error_in_the_pass_is_shown(train, tmp_path, workers):
     flags = ONE_STEP | {"skip_bad_rows": True, "dataloader_num_workers": workers, "cache_dir": tmp_path}
     run = train(break_transforms, **flags)

@@ -170,9 +170,8 @@ def set_up(argv: list[str]) -> SimpleNamespace:
     accelerator = script.setup_accelerator(args)
     device = accelerator.device
     rows = script.load_train_dataset(args)
-    tokenizer, text_encoder, image_encoder = script.load_encoders(
-        args, script.frozen_dtype(accelerator), device
-    )
+    tokenizer = script.load_tokenizer(args)
+    text_encoder, image_encoder = script.load_encoders(args, script.frozen_dtype(accelerator), device)
     preprocess = script.make_preprocess(args, tokenizer, empty_embeds=None, train=True)
     samples = script.SampleDataset(rows, preprocess, args.seed, skip_bad_rows=False)
     batch = script.collate_fn([samples[position] for position in range(args.train_batch_size)])

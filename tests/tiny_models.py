@@ -178,6 +178,17 @@ def save_published_encoder(encoder, path):
     torch.save(file, path)
 
 
+def reset_decoder(decoder, latents_scale):
+    """Initializes a WuerstchenDiffNeXt as PyTorch does. Its own initialization halves the last layer of every
+    residual block once for each module of the model, which leaves zeros: nothing would depend on the latents.
+    They are divided by `latents_scale` where they enter."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            module.reset_parameters()
+        if name.startswith("effnet_mappers."):
+            module.weight.div_(latents_scale)
+
+
 def make_decoder(*, seed=0):
     """(WuerstchenDiffNeXt, PaellaVQModel) that make a picture which depends on the latents, the prompt and
     the noise.
@@ -201,13 +212,8 @@ def make_decoder(*, seed=0):
             effnet_embd=LATENT_CHANNELS,
             clip_embd=DECODER_TEXT_WIDTH,
         )
-        # Its own initialisation halves the last layer of every residual block once for each module of the
-        # model, which leaves zeros: nothing would depend on the latents. PyTorch's lets them through.
+        reset_decoder(decoder, 4)  # latents are some 42 large
         for name, module in decoder.named_modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                module.reset_parameters()
-            if name.startswith("effnet_mappers."):
-                module.weight.div_(4)  # latents are some 42 large
             if name.endswith(".to_out.0"):
                 module.weight.mul_(4)  # the prompt shows in 8 bits
         shake_norms(decoder)
@@ -250,11 +256,7 @@ def make_demo_decoder():
         dropout=0.0,
     )
     with torch.no_grad():
-        for name, module in decoder.named_modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                module.reset_parameters()  # see `make_decoder`
-            if name.startswith("effnet_mappers."):
-                module.weight.div_(LATENT_MEAN)
+        reset_decoder(decoder, LATENT_MEAN)
         decoder.clip_mapper.weight.zero_()
         last = decoder.clf[1]
         last.weight.mul_(0.02)

@@ -12,7 +12,7 @@ The file reads in the order in which it runs, and `main`, at its end, is the sum
 
     arguments      parse_args, public_args, explain_errors
     setup          setup_accelerator, check_destinations, init_trackers, deferred_signals
-    data           load_train_dataset, check_rows, make_augmentations, choose_caption, SamplePlan
+    data           load_train_dataset, check_rows, choose_sizes, make_augmentations, SamplePlan, SampleOrder
     models         load_encoders, load_prior, load_ema, make_optimizer, make_lr_scheduler
     diffusion      encode_batch, sample_timesteps, diffusion_loss
     validation     is_validation_due, Validator
@@ -58,7 +58,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -83,7 +83,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -116,6 +116,8 @@ IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"]
 IMAGE_FORMATS = [name for name in IMAGE_FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
 MAX_IMAGE_PIXELS = 10**8  # a small file can hold an image that fills the memory
+# Of --aspect_ratio_buckets, long to short side: those of common cameras and screens.
+ASPECT_RATIOS = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)
 # Longer images are cropped to it: resizing 60000 x 1 pixels to height 512 would fill the memory.
 MAX_ASPECT_RATIO = 8
 MIN_LOSS_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has diverged
@@ -193,6 +195,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_train_samples", type=positive_int, help="number of rows to use, selected with the seed")
     add("--validation_split", type=bounded(float, 1e-9), help="rows, or below 1 a fraction, to hold out")
     add("--resolution", type=bounded(int, STRIDE), default=512, help="side of the square crop, in pixels")
+    add("--aspect_ratio_buckets", action="store_true", help="train on sizes near the images' own shapes")
     add("--random_crop", action="store_true", help="crop at a random position instead of the center")
     add("--random_flip", action="store_true", help="mirror half of the images, left to right")
     add("--skip_bad_rows", action="store_true", help="replace unreadable rows by others instead of stopping")
@@ -237,6 +240,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation_prompts", nargs="+", help="of images generated before, during and after training")
     add("--validation_epochs", type=positive_int, default=5, help="epochs between validations")
     add("--validation_steps", type=positive_int, help="steps between validations, instead of epochs")
+    sizes = {"type": positive_int, "nargs": "+", "metavar": "PIXELS"}
+    add("--validation_size", **sizes, help="WIDTH HEIGHT ... of further images of each prompt")
     add("--logging_dir", default="logs", help="folder of the trackers' files, under --output_dir")
     trackers = {"type": lambda text: text.replace(" ", "") or "none", "default": "tensorboard"}
     trackers |= {"metavar": "NAMES", "help": "comma-separated: tensorboard, wandb, comet_ml, ..., all, none"}
@@ -257,7 +262,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --dataset_name (a data set on the Hub) or --train_data_dir (a folder)")
     if (args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None):
         parser.error("--lr_scheduler=piecewise_constant and --lr_step_rules need each other")
-    if args.cache_latents and make_augmentations(args):
+    if len(args.validation_size or []) % 2:
+        parser.error("--validation_size needs pairs of WIDTH and HEIGHT, such as 1024 1536")
+    if args.compile and args.aspect_ratio_buckets:
+        parser.error(
+            "--compile records one size of micro-batches, --aspect_ratio_buckets makes several: leave out one"
+        )
+    if args.cache_latents and make_augmentations(args, (args.resolution, args.resolution)):
         parser.error(
             "--cache_latents encodes each image once, but --random_crop, --random_flip and whatever else "
             "make_augmentations returns change it every epoch: leave out one or the other"
@@ -289,7 +300,7 @@ def public_args(args: argparse.Namespace) -> str:
         if is_local_path or value is None or value is False:
             continue
         if isinstance(value, list):
-            words += [f"--{name}", *value]
+            words += [f"--{name}", *map(str, value)]
         else:
             words.append(f"--{name}" if value is True else f"--{name}={value}")
     return shlex.join(words)
@@ -594,15 +605,20 @@ def split_held_out(num_rows: int, held_out: float | None, seed: int) -> tuple[np
     return permutation[int(num_held_out) :], permutation[: int(num_held_out)]
 
 
+def image_fields(images: pa.ChunkedArray) -> Iterator[tuple[str | None, pa.Buffer | None]]:
+    """Yields each image's path and its bytes, which are mapped, not read."""
+    for chunk in images.chunks:
+        contents = (content.as_buffer() for content in pc.struct_field(chunk, "bytes"))
+        yield from zip(pc.struct_field(chunk, "path").to_pylist(), contents, strict=True)
+
+
 def describe_rows(dataset: datasets.Dataset, args: argparse.Namespace) -> Iterator[tuple]:
     """Yields each row's image path, the image's size in bytes, None if it is missing, and its captions.
     Images are not read."""
-    for table in dataset.with_format("arrow").iter(batch_size=1000):  # maps images that are in it, unread
-        images = table[args.image_column].combine_chunks()
-        paths = pc.struct_field(images, "path").to_pylist()
-        sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
         captions = table[args.caption_column].to_pylist()
-        for path, size, caption in zip(paths, sizes, captions, strict=True):
+        for (path, content), caption in zip(image_fields(table[args.image_column]), captions, strict=True):
+            size = None if content is None else content.size
             if size is None and path is not None:
                 with contextlib.suppress(OSError):
                     size = os.path.getsize(path)
@@ -651,13 +667,25 @@ def image_folders(args: argparse.Namespace) -> list[Path]:
     return [Path(folder) for folder in folders if folder]
 
 
-def read_image_file(path: str, folders: list[Path]) -> bytes:
-    """Reads a file of the data set. A path outside its folder, such as /etc/passwd, or a URL is an error."""
+def find_image_file(path: str, folders: list[Path]) -> Path:
+    """A file of the data set. A path outside its folder, such as /etc/passwd, or a URL is an error."""
     file = Path(path)
     roots = [root for folder in folders for root in (folder.absolute(), folder.resolve())]  # of links, both
     if ".." in file.parts or not any(file.absolute().is_relative_to(root) for root in roots):
         raise ValueError("it lies outside the data set's folder")
-    return file.read_bytes()
+    return file
+
+
+@contextlib.contextmanager
+def explain_image_errors(path: str | None) -> Iterator[None]:
+    """Turns an error of reading an image, of which decoders raise all kinds, into a ValueError with its
+    name."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        name = printable(path or "no file name", 200)
+        raise ValueError(f"the image ({name}) cannot be read: {kind}{printable(str(error))}") from error
 
 
 def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
@@ -668,10 +696,10 @@ def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
         ValueError: with the file's name, if it cannot be decoded or lies outside `folders`.
     """
     value = value or {"bytes": None, "path": None}
-    try:
+    with explain_image_errors(value["path"]):
         if not value["bytes"] and not value["path"]:
             raise ValueError("it is missing")
-        data = value["bytes"] or read_image_file(value["path"], folders)
+        data = value["bytes"] or find_image_file(value["path"], folders).read_bytes()
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_IMAGE_PIXELS:.0e}")
@@ -691,34 +719,172 @@ def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
             width, height = image.size
             image = transforms.functional.center_crop(image, (min(height, longest), min(width, longest)))
         return image.convert("RGB")
-    except Exception as error:  # decoders raise all kinds of errors
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        name = printable(value["path"] or "no file name", 200)
-        raise ValueError(f"the image ({name}) cannot be read: {kind}{printable(str(error))}") from error
 
 
-def make_augmentations(args: argparse.Namespace) -> list[Callable]:
+def read_image_size(image: Image.Image) -> tuple[int, int]:
+    """The height and width of an opened image as `load_image` orients it, without decoding it."""
+    width, height = image.size
+    if image.format == "TIFF":  # whose size newer versions of Pillow have oriented already
+        width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+    orientation = 1
+    if image.format != "PNG" or "exif" in image.info:  # for the EXIF of a PNG, Pillow may decode all of it
+        with contextlib.suppress(Exception):
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+def read_image_sizes(
+    dataset: datasets.Dataset, args: argparse.Namespace, rows_hash: str
+) -> dict[str, np.ndarray]:
+    """The height and width of each row's image, or the error that reading it raised, from the headers of the
+    files. They are read once and kept in the cache folder by `rows_hash`."""
+    folders = image_folders(args)
+
+    def read_batch(table: pa.Table) -> dict[str, list]:
+        sizes = {"height": [], "width": [], "error": []}
+        for path, content in image_fields(table[args.image_column]):
+            height, width, error = 0, 0, ""
+            try:
+                with explain_image_errors(path):
+                    file = pa.BufferReader(content) if content else find_image_file(path or "", folders)
+                    with Image.open(file, formats=IMAGE_FORMATS) as image:
+                        height, width = read_image_size(image)
+            except ValueError as reason:
+                error = str(reason)
+            for name, value in (("height", height), ("width", width), ("error", error)):
+                sizes[name].append(value)
+        return sizes
+
+    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_image_sizes")
+    folder.mkdir(parents=True, exist_ok=True)
+    integer = datasets.Value("int32")
+    sizes = dataset.with_format("arrow").map(
+        read_batch,
+        batched=True,
+        remove_columns=dataset.column_names,
+        features=datasets.Features(height=integer, width=integer, error=datasets.Value("string")),
+        cache_file_name=str(folder / f"{rows_hash}.arrow"),
+        new_fingerprint=rows_hash,
+        desc="Reading image sizes",
+    )
+    return sizes.with_format("numpy")[:]
+
+
+@dataclass(frozen=True, eq=False)
+class SizedRows:
+    """Rows and the size to which each one's image is resized and cropped. Those of one size are a bucket, and
+    a micro-batch is of one bucket. Without --aspect_ratio_buckets there is one."""
+
+    rows: datasets.Dataset
+    sizes: list[tuple[int, int]]  # height and width in pixels
+    buckets: np.ndarray  # (num_rows,): the index of each row's size
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    def select(self, indices: Sequence[int]) -> "SizedRows":
+        rows = self.rows.select(indices, keep_in_memory=True)
+        return SizedRows(rows, self.sizes, self.buckets[np.asarray(indices)])
+
+    def size(self, row: int) -> tuple[int, int]:
+        return self.sizes[self.buckets[row]]
+
+    def count(self) -> np.ndarray:
+        """The number of rows of each size."""
+        return np.bincount(self.buckets, minlength=len(self.sizes))
+
+    def describe(self) -> dict[str, int]:
+        """The number of rows of each size, by WIDTHxHEIGHT."""
+        names = [f"{width}x{height}" for height, width in self.sizes]
+        return dict(zip(names, self.count().tolist(), strict=True))
+
+
+def bucket_sizes(resolution: int) -> list[tuple[int, int]]:
+    """Sizes of all ASPECT_RATIOS, (height, width) in pixels: multiples of 32 with about as many latents as
+    the square of `resolution`, which is the first. At 768 that is 567 to 588."""
+    side = math.ceil(resolution / STRIDE)
+    sizes = []
+    for ratio in ASPECT_RATIOS:
+        long, short = round(side * math.sqrt(ratio)), max(1, round(side / math.sqrt(ratio)))
+        sizes += [(short * STRIDE, long * STRIDE), (long * STRIDE, short * STRIDE)]
+    return list(dict.fromkeys(sizes))
+
+
+def choose_sizes(dataset: datasets.Dataset, args: argparse.Namespace, rows_hash: str) -> SizedRows:
+    """The square of --resolution for all rows or, with --aspect_ratio_buckets, the size of the nearest shape.
+    Logs how many rows each size has, and what share of the images is cropped."""
+    if not args.aspect_ratio_buckets:
+        return SizedRows(dataset, [(args.resolution, args.resolution)], np.zeros(len(dataset), np.int64))
+    image_sizes = read_image_sizes(dataset, args, rows_hash)
+    is_good = image_sizes["error"] == ""
+    if not is_good.all() and not args.skip_bad_rows:
+        row = int(is_good.argmin())
+        raise SystemExit(
+            f"row {row}: {image_sizes['error'][row]} ({(~is_good).sum()} of {len(dataset)} rows cannot be "
+            "used); fix them, or skip such rows with --skip_bad_rows"
+        )
+    sizes = bucket_sizes(args.resolution)
+    shapes = np.log([height / width for height, width in sizes])  # 1:2 is as far from 1:1 as 2:1
+    heights, widths = image_sizes["height"][is_good], image_sizes["width"][is_good]
+    distances = np.abs(np.log(heights / widths)[:, None] - shapes)
+    buckets = np.zeros(len(dataset), np.int64)
+    buckets[is_good] = distances.argmin(axis=1)
+    # Rows that cannot be read are replaced by others of their size: the most frequent one.
+    buckets[~is_good] = np.bincount(buckets[is_good], minlength=1).argmax()
+    occurring, buckets = np.unique(buckets, return_inverse=True)
+    rows = SizedRows(dataset, [sizes[bucket] for bucket in occurring], buckets)
+    cropped, cropped_to_square = 1 - np.exp(-distances.min(axis=1)), 1 - np.exp(-distances[:, 0])
+    counts = ", ".join(f"{size} ({count} rows)" for size, count in rows.describe().items())
+    logger.info(
+        f"Aspect-ratio buckets: {counts}. On average {cropped.mean():.1%} of an image is cropped; "
+        f"with squares it would be {cropped_to_square.mean():.1%}"
+    )
+    return rows
+
+
+def load_rows(args: argparse.Namespace, tokenizer: CLIPTokenizerFast) -> tuple[SizedRows, str]:
+    """Loads and checks the data set, and chooses the size of each row. Also returns the hash of all rows."""
+    dataset = load_train_dataset(args)
+    check_rows(dataset, args, tokenizer)
+    rows_hash = hash_rows(dataset, args)
+    return choose_sizes(dataset, args, rows_hash), rows_hash
+
+
+def make_augmentations(args: argparse.Namespace, size: tuple[int, int]) -> list[Callable]:
     """The random transforms of training images, from PIL image to PIL image. Add yours here.
 
-    They are called with the short side at --resolution; the center is cropped afterwards. They may use the
-    default generators of torch, Python and numpy, which are seeded for each sample. Held-out rows are not
-    augmented, and --cache_latents is rejected if there is any augmentation.
+    They are called with an image that covers `size`, (height, width): --resolution squared, or the bucket's.
+    The center is cropped to it afterwards. They may use the default generators of torch, Python and numpy,
+    which are seeded for each sample. Held-out rows are not augmented, and --cache_latents is rejected if
+    there is any augmentation.
     """
     augmentations = []
     if args.random_crop:
-        augmentations.append(transforms.RandomCrop(args.resolution))
+        augmentations.append(transforms.RandomCrop(size))
     if args.random_flip:
         augmentations.append(transforms.RandomHorizontalFlip())
     return augmentations
 
 
-def make_image_transforms(resolution: int, augmentations: Sequence[Callable] = ()) -> transforms.Compose:
-    """From a PIL image to the center square's pixels, (3, resolution, resolution) uint8."""
+def resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resizes an image so that it just covers `size`, (height, width)."""
+    height, width = size
+    if image.height * width > image.width * height:
+        resized = (image.height * width // image.width, width)
+    else:
+        resized = (height, image.width * height // image.height)
+    return transforms.functional.resize(image, resized, transforms.InterpolationMode.BILINEAR, antialias=True)
+
+
+def make_image_transforms(
+    size: tuple[int, int], augmentations: Sequence[Callable] = ()
+) -> transforms.Compose:
+    """From a PIL image to the pixels of its center, (3, height, width) uint8."""
     return transforms.Compose(
         [
-            transforms.Resize(resolution, transforms.InterpolationMode.BILINEAR, antialias=True),
+            functools.partial(resize_to_cover, size=size),
             *augmentations,
-            transforms.CenterCrop(resolution),
+            transforms.CenterCrop(size),
             transforms.PILToTensor(),
         ]
     )
@@ -752,13 +918,15 @@ def tokenize_captions(captions: list[str], tokenizer: CLIPTokenizerFast) -> dict
 
 def preprocess_train(
     row: dict,
+    size: tuple[int, int],
     args: argparse.Namespace,
     tokenizer: CLIPTokenizerFast,
-    image_transforms: transforms.Compose,
+    augment: bool,
     caption_dropout: float,
 ) -> dict[str, torch.Tensor]:
-    """A row as tensors: pixels (3, resolution, resolution) uint8, tokens and mask (77,) of one caption."""
+    """A row as tensors: pixels (3, height, width) uint8, tokens and mask (77,) of one caption."""
     captions = list_captions(row, args)
+    image_transforms = make_image_transforms(size, make_augmentations(args, size) if augment else ())
     pixels = image_transforms(load_image(row[args.image_column], image_folders(args)))
     tokens = tokenize_captions([choose_caption(captions, caption_dropout, empty="")], tokenizer)
     return {"effnet_pixel_values": pixels} | {name: tensor[0] for name, tensor in tokens.items()}
@@ -766,22 +934,16 @@ def preprocess_train(
 
 def make_preprocess(
     args: argparse.Namespace, tokenizer: CLIPTokenizerFast, empty_embeds: torch.Tensor, train: bool
-) -> Callable[[dict], dict]:
-    """The function from a row to its tensors. Held-out rows (`train=False`) have no random changes."""
+) -> Callable[[dict, tuple[int, int]], dict]:
+    """The function from a row and its size to its tensors. Held-out rows (`train=False`) have no random
+    changes."""
     caption_dropout = args.caption_dropout if train else 0.0
     if args.cache_latents:
         return functools.partial(
-            preprocess_cached,
-            resolution=args.resolution,
-            empty_embeds=empty_embeds[0].cpu(),
-            caption_dropout=caption_dropout,
+            preprocess_cached, empty_embeds=empty_embeds[0].cpu(), caption_dropout=caption_dropout
         )
     return functools.partial(
-        preprocess_train,
-        args=args,
-        tokenizer=tokenizer,
-        image_transforms=make_image_transforms(args.resolution, make_augmentations(args) if train else ()),
-        caption_dropout=caption_dropout,
+        preprocess_train, args=args, tokenizer=tokenizer, augment=train, caption_dropout=caption_dropout
     )
 
 
@@ -805,7 +967,7 @@ def seeded_generators(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def epoch_permutation(seed: int, epoch: int, num_rows: int) -> torch.Tensor:
     """The order of the rows in an epoch, (num_rows,) int64."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
@@ -813,41 +975,40 @@ def epoch_permutation(seed: int, epoch: int, num_rows: int) -> torch.Tensor:
 
 
 class SampleDataset(Dataset):
-    """The endless sequence of samples, epoch after epoch, in which any position can be read directly.
+    """Reads samples: pairs of a position, from which all random numbers follow, and a row.
 
-    Sample `position` is row `epoch_permutation(...)[position % num_rows]` of epoch `position // num_rows`,
-    and its random numbers follow from (seed, position). So resuming means to start at a later position.
-
-    An unreadable row gives {"error": message} or, with `skip_bad_rows`, a random other row in its place. The
-    error is a value, since a DataLoader wraps an exception in its worker's traceback.
+    An unreadable row gives {"error": message} or, with `skip_bad_rows`, a random other row of its size in its
+    place. The error is a value, since a DataLoader wraps an exception in its worker's traceback.
     """
 
-    def __init__(self, rows: datasets.Dataset, preprocess: Callable, seed: int, skip_bad_rows: bool):
+    def __init__(self, rows: SizedRows, preprocess: Callable, seed: int, skip_bad_rows: bool):
         self.rows = rows
         self.preprocess = preprocess
         self.seed = seed
         self.skip_bad_rows = skip_bad_rows
 
-    def __getitem__(self, position: int) -> dict:
-        epoch, index = divmod(position, len(self.rows))
-        row = int(epoch_permutation(self.seed, epoch, len(self.rows))[index])
+    def __getitem__(self, sample: tuple[int, int]) -> dict:
+        position, row = sample
         bad_rows = {}
         with seeded_generators(derive_seed(self.seed, "sample", position)):
             for _ in range(MAX_BAD_ROWS):
                 try:
-                    return {"row": row, "bad_rows": bad_rows} | self.preprocess(self.rows[row])
+                    tensors = self.preprocess(self.rows.rows[row], self.rows.size(row))
+                    return {"position": position, "row": row, "bad_rows": bad_rows} | tensors
                 except ValueError as error:  # from `load_image` or `list_captions`
                     bad_rows[row] = f"row {row} of the {len(self.rows)} used: {error}"
                 if not self.skip_bad_rows:
                     return {"error": f"{bad_rows[row]}; fix it, or skip such rows with --skip_bad_rows"}
-                row = random.randrange(len(self.rows))
+                same_size = np.flatnonzero(self.rows.buckets == self.rows.buckets[row])
+                row = int(random.choice(same_size))
         last_error = bad_rows.popitem()[1]
         return {"error": f"{MAX_BAD_ROWS} rows in succession cannot be read; the last: {last_error}"}
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What determines which samples a step trains on. A run can only be resumed with the same plan."""
+    """What determines which samples a step trains on. A run can only be resumed with the same samples, on any
+    number of processes."""
 
     seed: int
     num_rows: int
@@ -855,15 +1016,18 @@ class SamplePlan:
     num_processes: int
     train_batch_size: int
     gradient_accumulation_steps: int
+    bucket_rows: dict[str, int] = field(default_factory=dict)  # with --aspect_ratio_buckets
 
     @property
     def samples_per_step(self) -> int:
         return self.num_processes * self.train_batch_size * self.gradient_accumulation_steps
 
-    def __str__(self) -> str:
+    def describe_step(self) -> str:
         factors = f"{self.train_batch_size} x {self.gradient_accumulation_steps} micro-steps"
-        samples = f"{self.samples_per_step} samples a step ({factors} x {self.num_processes} processes)"
-        return f"{self.num_rows} rows, {samples}, seed {self.seed}"
+        return f"{self.samples_per_step} samples a step ({factors} x {self.num_processes} processes)"
+
+    def __str__(self) -> str:
+        return f"{self.num_rows} rows, {self.describe_step()}, seed {self.seed}"
 
     def train_batches(self, rank: int, first_step: int, last_step: int) -> Iterator[range]:
         """The positions of each of a rank's micro-batches in the steps [first_step, last_step)."""
@@ -873,11 +1037,74 @@ class SamplePlan:
             range(start, start + size) for start in range(first, last_step * self.samples_per_step, stride)
         )
 
-    def held_out_batches(self, rank: int, num_rows: int) -> list[range]:
-        """A rank's share of the held-out rows, in batches of which the last may be shorter."""
-        size = self.train_batch_size
-        starts = range(rank * size, num_rows, self.num_processes * size)
-        return [range(start, min(start + size, num_rows)) for start in starts]
+    def held_out_batches(self, rank: int, rows: SizedRows) -> list[list[tuple[int, int]]]:
+        """A rank's share of the samples of the held-out rows, in batches of one size, of which each size's
+        last may be smaller."""
+        batches, size = [], self.train_batch_size
+        for bucket in range(len(rows.sizes)):
+            samples = [(row, row) for row in np.flatnonzero(rows.buckets == bucket).tolist()]
+            batches += [samples[start : start + size] for start in range(0, len(samples), size)]
+        return batches[rank :: self.num_processes]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleOrder:
+    """The endless sequence of samples, epoch after epoch, in which the row of any position follows from the
+    seed, so that resuming means to start at a later position.
+
+    The rows of each bucket, in the order of `epoch_permutation`, fill micro-batches, which are mixed with
+    those of other buckets at random. What is left of a bucket at an epoch's end begins its next batch, so
+    that each row is used once an epoch and no batch is smaller. With one bucket, position p is row
+    `epoch_permutation(...)[p % num_rows]` of epoch p // num_rows.
+    """
+
+    rows: SizedRows
+    plan: SamplePlan
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        return self.rows.count()
+
+    def batches_before(self, epoch: int) -> np.ndarray:
+        """The number of batches that each bucket has filled before an epoch."""
+        return epoch * self.counts // self.plan.train_batch_size
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  one order lives as long as the process
+    def epoch_batches(self, epoch: int) -> np.ndarray:
+        """An epoch's batches in their order: the bucket of each, and its number among the bucket's batches,
+        (num_batches, 2)."""
+        before, after = self.batches_before(epoch), self.batches_before(epoch + 1)
+        batches = np.concatenate(
+            [
+                np.stack([np.full(end - start, bucket), np.arange(start, end)], axis=1)
+                for bucket, (start, end) in enumerate(zip(before, after, strict=True))
+            ]
+        )
+        if len(self.counts) == 1:
+            return batches
+        return np.random.default_rng(derive_seed(self.plan.seed, "batches", epoch)).permutation(batches)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """An epoch's rows, sorted by bucket, each bucket's in random order, (num_rows,)."""
+        permutation = epoch_permutation(self.plan.seed, epoch, len(self.rows)).numpy()
+        return permutation[np.argsort(self.rows.buckets[permutation], kind="stable")]
+
+    def row(self, position: int) -> int:
+        """The row of a position."""
+        batch_size = self.plan.train_batch_size
+        batch, offset = divmod(position, batch_size)
+        epoch = position // len(self.rows)  # or a later one, since buckets' rests are left over
+        while self.batches_before(epoch + 1).sum() <= batch:
+            epoch += 1
+        bucket, number = self.epoch_batches(epoch)[batch - self.batches_before(epoch).sum()]
+        epoch, index = divmod(int(number) * batch_size + offset, int(self.counts[bucket]))
+        return int(self.epoch_rows(epoch)[self.counts[:bucket].sum() + index])
+
+    def train_batches(self, rank: int, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
+        """The samples of `SamplePlan.train_batches`: pairs of a position and its row."""
+        for positions in self.plan.train_batches(rank, first_step, last_step):
+            yield [(position, self.row(position)) for position in positions]
 
 
 def collate_fn(samples: list[dict]) -> dict:
@@ -889,7 +1116,8 @@ def collate_fn(samples: list[dict]) -> dict:
     for sample in samples:
         if "error" in sample:
             return sample
-    batch = {"rows": [sample.pop("row") for sample in samples], "bad_rows": {}}
+    batch = {"positions": [sample.pop("position") for sample in samples], "bad_rows": {}}
+    batch["rows"] = [sample.pop("row") for sample in samples]
     for sample in samples:
         batch["bad_rows"] |= sample.pop("bad_rows")
     return batch | default_collate(samples)
@@ -902,9 +1130,9 @@ def ignore_signals(worker_id: int):
 
 
 def make_dataloader(
-    rows: datasets.Dataset, preprocess: Callable, batches, args: argparse.Namespace, device: torch.device
+    rows: SizedRows, preprocess: Callable, batches, args: argparse.Namespace, device: torch.device
 ) -> DataLoader:
-    """A DataLoader of samples; `batches` yields the positions of each batch."""
+    """A DataLoader of samples; `batches` yields the positions and rows of each batch."""
     return DataLoader(
         SampleDataset(rows, preprocess, args.seed, args.skip_bad_rows),
         batch_sampler=batches,
@@ -913,7 +1141,7 @@ def make_dataloader(
         worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
         timeout=BATCH_TIMEOUT if args.dataloader_num_workers else 0,
-        generator=torch.Generator(),  # not the default one, from which a step's noise is drawn
+        generator=torch.Generator(),  # not the default one, which makes dropout's masks
     )
 
 
@@ -1146,6 +1374,7 @@ def normalize_pixels(pixels: torch.Tensor) -> torch.Tensor:
     return torch.stack([(channel.float() / 255 - mean) / std for channel, mean, std in channels], dim=1)
 
 
+@torch.no_grad()
 def embed_captions(tokens: dict[str, torch.Tensor], text_encoder: CLIPTextModel) -> torch.Tensor:
     """Embeds tokenized captions, (B, 77) to (B, 77, width): the text encoder's last hidden state."""
     tokens = send_to_device(tokens, text_encoder.device)
@@ -1153,27 +1382,48 @@ def embed_captions(tokens: dict[str, torch.Tensor], text_encoder: CLIPTextModel)
 
 
 @torch.no_grad()
+def embed_images(pixels: torch.Tensor, image_encoder: EfficientNetEncoder) -> torch.Tensor:
+    """The latents of images, (B, 3, H, W) uint8 to (B, 16, H / 32, W / 32)."""
+    pixels = normalize_pixels(pixels.to(image_encoder.device))
+    return image_encoder(pixels.to(image_encoder.dtype))
+
+
 def embed_prompts(prompts: list[str], tokenizer: CLIPTokenizerFast, text_encoder: CLIPTextModel) -> list:
     """The embedding of each prompt by itself, (1, 77, width)."""
     return [embed_captions(tokenize_captions([prompt], tokenizer), text_encoder) for prompt in prompts]
 
 
-@torch.no_grad()
 def encode_batch(batch: dict, text_encoder, image_encoder) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latents of the images, (B, 16, side, side), and the embeddings of the captions, (B, 77, width)."""
+    """The images' latents, (B, 16, H / 32, W / 32), and the embeddings of the captions, (B, 77, width)."""
     if "latents" in batch:  # --cache_latents
         return batch["latents"], batch["prompt_embeds"]
-    pixels = normalize_pixels(batch["effnet_pixel_values"].to(image_encoder.device))
     tokens = {name: batch[name] for name in ("text_input_ids", "text_mask")}
-    return image_encoder(pixels.to(image_encoder.dtype)), embed_captions(tokens, text_encoder)
+    return embed_images(batch["effnet_pixel_values"], image_encoder), embed_captions(tokens, text_encoder)
 
 
-def sample_timesteps(batch_size: int, sampling: str, device: torch.device) -> torch.Tensor:
-    """Timesteps, (B,) float32: uniform in [0, 1), or "stretched", (1 - u) * 1.08 + 0.001 in [0.001, 1].
+def sample_noise(
+    positions: list[int], shape: Sequence[int], device: torch.device, *key
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard normal noise, (B, *shape), and uniform random numbers in [0, 1), (B,), both float32.
+
+    Those of a sample follow from its position and `key`, on any device and number of processes.
+    """
+    noise, uniform = [], []
+    for position in positions:
+        generator = torch.Generator().manual_seed(derive_seed(*key, position))
+        noise.append(torch.randn(shape, generator=generator))
+        uniform.append(torch.rand((), generator=generator))
+    noise, uniform = torch.stack(noise), torch.stack(uniform)
+    if device.type == "cuda":  # other memory is copied synchronously
+        noise, uniform = noise.pin_memory(), uniform.pin_memory()
+    return noise.to(device, non_blocking=True), uniform.to(device, non_blocking=True)
+
+
+def sample_timesteps(u: torch.Tensor, sampling: str) -> torch.Tensor:
+    """Timesteps, (B,) float32, of u in [0, 1): u itself, or "stretched", (1 - u) * 1.08 + 0.001, at most 1.
 
     With the latter, from train_stage_C.py of dome272/Wuerstchen, 7.5 % are 1, where generation starts.
     """
-    u = torch.rand(batch_size, device=device)
     return u if sampling == "uniform" else ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
 
 
@@ -1241,7 +1491,7 @@ def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.Wue
     )
 
 
-def decoder_image_size(decoder_pipeline: wuerstchen.WuerstchenDecoderPipeline, resolution: int) -> int:
+def decoder_image_size(decoder_pipeline: wuerstchen.WuerstchenDecoderPipeline, resolution: float) -> int:
     """The side in pixels of the image that latents trained at `resolution` stand for: 1024 for 768.
 
     The decoder's own latents are `latent_dim_scale` times as many, and it halves them level by level, so not
@@ -1253,6 +1503,14 @@ def decoder_image_size(decoder_pipeline: wuerstchen.WuerstchenDecoderPipeline, r
     trained_side = math.ceil(resolution / STRIDE)
     sides = [side for side in range(1, trained_side + 2 * divisor) if int(side * scale) % divisor == 0]
     return int(min(sides, key=lambda side: abs(side - trained_side)) * RESOLUTION_MULTIPLE)
+
+
+def validation_images(args: argparse.Namespace) -> list[tuple[int, tuple[int, int] | None]]:
+    """What is generated: the index of each image's prompt, and its width and height. None is the size of the
+    latents trained at --resolution, with which all prompts come first."""
+    pixels = args.validation_size or []
+    sizes = [None, *zip(pixels[::2], pixels[1::2], strict=True)]
+    return [(index, size) for size in sizes for index in range(len(args.validation_prompts or []))]
 
 
 @dataclass
@@ -1296,25 +1554,29 @@ class Validator:
         if self.held_out_dataloader is not None:
             done = any(row["step"] == global_step and "val_loss" in row for row in read_metrics(output_dir))
         elif self.prompt_embeds:
-            done = sample_file(output_dir, global_step, len(self.prompt_embeds) - 1).exists()
+            done = sample_file(output_dir, global_step, *validation_images(self.args)[-1]).exists()
         else:
             done = True
         return broadcast_object_list([done])[0]
 
     @torch.no_grad()
     def generate_images(self, global_step: int) -> list[Image.Image]:
-        """One image for each prompt, shared out among the ranks; none, and a warning, if one fails."""
+        """The `validation_images`, shared out among the ranks; none, and a warning, if one fails."""
         device, is_main_process = self.accelerator.device, self.accelerator.is_main_process
-        prompts = list(zip(self.args.validation_prompts, self.prompt_embeds, strict=True))
+        wanted = validation_images(self.args)
         images, errors = [], []
         try:  # nothing in here may wait for other ranks
             if self.decoder is None:
                 self.decoder = load_decoder(self.args, self.empty_embeds.dtype)
                 self.decoder.set_progress_bar_config(disable=True)
+                for size in {size for _, size in wanted if size is not None}:
+                    nearest = self.find_image_size(size)
+                    if size != nearest:
+                        logger.warning(f"--validation_size: the decoder makes {nearest} of {size}")
             self.decoder.to(device)
-            with self.accelerator.split_between_processes(prompts) as own_prompts:
-                progress = tqdm(own_prompts, "Images", leave=False, disable=not is_main_process)
-                images = [self.generate_image(prompt, embeds) for prompt, embeds in progress]
+            with self.accelerator.split_between_processes(wanted) as own_share:
+                progress = tqdm(own_share, "Images", leave=False, disable=not is_main_process)
+                images = [self.generate_image(index, size) for index, size in progress]
         except Exception as error:
             is_memory_error = "out of memory" in str(error)
             advice = " (a smaller --train_batch_size leaves more memory)" if is_memory_error else ""
@@ -1326,21 +1588,29 @@ class Validator:
         if errors:
             logger.warning(f"No validation images at step {global_step}: {errors[0]}")
             return []
-        return images[: len(prompts)]
+        return images[: len(wanted)]
 
-    def generate_image(self, prompt: str, prompt_embeds: torch.Tensor) -> Image.Image:
-        """Generates an image as the published pipelines do, from the same noise every time."""
+    def find_image_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """The width and height that the decoder supports: nearest to `size`, or of the trained latents."""
+        if size is None:
+            return (decoder_image_size(self.decoder, self.args.resolution),) * 2
+        resolutions = [pixels * STRIDE / RESOLUTION_MULTIPLE for pixels in size]
+        return tuple(decoder_image_size(self.decoder, resolution) for resolution in resolutions)
+
+    def generate_image(self, index: int, size: tuple[int, int] | None) -> Image.Image:
+        """Generates an image of a prompt as the published pipelines do, from the same noise every time."""
         # The pipeline takes its dtype from the text encoder, for which the prior stands in: in half precision
         # the timesteps would be others than in training, and the text encoder may have been freed.
         pipeline = wuerstchen.WuerstchenPriorPipeline(None, self.prior, self.prior, self.noise_scheduler)
         pipeline.set_progress_bar_config(disable=True)
-        size = decoder_image_size(self.decoder, self.args.resolution)
+        width, height = self.find_image_size(size)
+        prompt = self.args.validation_prompts[index]
         generator = torch.Generator().manual_seed(self.args.seed)
         with self.accelerator.autocast():
             latents = pipeline(
-                height=size,
-                width=size,
-                prompt_embeds=prompt_embeds,
+                height=height,
+                width=width,
+                prompt_embeds=self.prompt_embeds[index],
                 negative_prompt_embeds=self.empty_embeds,
                 timesteps=wuerstchen.DEFAULT_STAGE_C_TIMESTEPS,
                 guidance_scale=GUIDANCE_SCALE,
@@ -1355,15 +1625,12 @@ class Validator:
         device, is_main_process = self.accelerator.device, self.accelerator.is_main_process
         num_rows, num_batches = len(self.held_out_dataloader.dataset.rows), len(self.held_out_dataloader)
         sums = torch.zeros(2, NUM_LOSS_BANDS, device=device)  # of losses and of samples
+        seed = self.args.seed
         batches = iterate_batches(self.held_out_dataloader, device, self.skipped_rows, self.signals)
         for batch in tqdm(batches, "Held-out loss", num_batches, leave=False, disable=not is_main_process):
             latents, prompt_embeds = self.encode(batch)
-            noise = []
-            for row in batch["rows"]:
-                generator = torch.Generator().manual_seed(derive_seed(self.args.seed, "held out", row))
-                noise.append(torch.randn(latents.shape[1:], generator=generator))
-            noise = torch.stack(noise).to(device)
-            timesteps = (torch.tensor(batch["rows"], device=device) + 0.5) / num_rows
+            noise, _ = sample_noise(batch["positions"], latents.shape[1:], device, seed, "held out")
+            timesteps = (torch.tensor(batch["positions"], device=device) + 0.5) / num_rows
             inputs = (self.prior, self.noise_scheduler, latents, prompt_embeds, noise, timesteps)
             with self.accelerator.autocast():
                 losses = diffusion_loss(*inputs, self.args.loss_weighting)
@@ -1512,12 +1779,24 @@ def load_train_state(checkpoint: Path | None, stale_checkpoints: list[Path], out
 
 
 def check_same_plan(plan: SamplePlan, state: TrainState, checkpoint: Path | None):
-    """Refuses to resume a run that had another plan, since its samples would not continue."""
-    for name, value in asdict(plan).items():
-        saved = (state.plan or {}).get(name, value)
-        if saved != value:
-            what = "other images or captions" if name == "rows_hash" else f"{name}={saved}, this one {value}"
-            raise SystemExit(f"{checkpoint} cannot be resumed exactly: its run had {what}")
+    """Refuses to resume a run with other samples, since they would not continue. The same samples a step may
+    be split up otherwise into processes, accumulation and, without buckets, micro-batches."""
+    if state.plan is None:
+        return
+    known = {name: value for name, value in state.plan.items() if name in asdict(plan)}
+    saved = SamplePlan(**asdict(plan) | {"bucket_rows": {}} | known)  # older versions lacked some
+    compared = ["seed", "num_rows", "rows_hash", "bucket_rows", "samples_per_step"]
+    if plan.bucket_rows:
+        compared.append("train_batch_size")
+    for name in compared:
+        old, new = getattr(saved, name), getattr(plan, name)
+        if old != new:
+            difference = f"{name}={old}, this one {new}"
+            if name == "rows_hash":
+                difference = "other images or captions"
+            elif name == "samples_per_step":
+                difference = f"{saved.describe_step()}, this one {plan.describe_step()}"
+            raise SystemExit(f"{checkpoint} cannot be resumed exactly: its run had {difference}")
 
 
 def report_settings(args: argparse.Namespace, plan: SamplePlan, state: TrainState, checkpoint: Path | None):
@@ -1697,8 +1976,10 @@ def read_metrics(output_dir: Path) -> list[dict[str, float]]:
     return rows
 
 
-def sample_file(output_dir: Path, global_step: int, prompt_index: int) -> Path:
-    return output_dir / "samples" / f"step-{global_step:07d}-prompt-{prompt_index}.png"
+def sample_file(output_dir: Path, global_step: int, index: int, size: tuple[int, int] | None = None) -> Path:
+    """The file of one of the `validation_images`."""
+    suffix = f"-{size[0]}x{size[1]}" if size else ""
+    return output_dir / "samples" / f"step-{global_step:07d}-prompt-{index}{suffix}.png"
 
 
 def list_sample_steps(output_dir: Path) -> list[int]:
@@ -1727,23 +2008,26 @@ def log_images(
     """Logs images and their prompts to each tracker and to samples/."""
     if not images:
         return
-    captioned = list(zip(args.validation_prompts, images, strict=True))
+    generated = validation_images(args)
+    prompts = [args.validation_prompts[index] for index, _ in generated]
+    captioned = list(zip(prompts, images, strict=True))
     for tracker in accelerator.trackers:
         with only_warn(f"Logging images to {tracker.name}"):
             log_images_to_tracker(tracker, captioned, global_step)
     output_dir = Path(args.output_dir)
     with only_warn("Writing samples/"):
-        for index, (prompt, image) in enumerate(captioned):
+        for (prompt, image), image_of in zip(captioned, generated, strict=True):
             text = PngInfo()
             text.add_itxt("prompt", prompt)
             text.add_itxt("settings", public_args(args))
             text.add_itxt("prior_guidance_scale", str(GUIDANCE_SCALE))
-            file = sample_file(output_dir, global_step, index)
+            file = sample_file(output_dir, global_step, *image_of)
             file.parent.mkdir(exist_ok=True)
             partial = file.with_name("partial.png")  # renamed when it is complete
             image.save(partial, pnginfo=text)
             partial.rename(file)
-        save_contact_sheet(output_dir, args.validation_prompts)
+        sizes = list(dict.fromkeys(size for _, size in generated))
+        save_contact_sheet(output_dir, args.validation_prompts, sizes)
 
 
 def log_images_to_tracker(tracker, captioned: list[tuple[str, Image.Image]], global_step: int):
@@ -1768,24 +2052,34 @@ def log_images_to_tracker(tracker, captioned: list[tuple[str, Image.Image]], glo
         logger.warning(f"{tracker.name} does not get the validation images; they are in samples/")
 
 
-def save_contact_sheet(output_dir: Path, prompts: list[str], max_columns: int = 12, cell: int = 192):
-    """Writes samples/contact-sheet.png: prompts down, steps across, the first and the last among them."""
+def save_contact_sheet(
+    output_dir: Path,
+    prompts: list[str],
+    sizes: Sequence[tuple[int, int] | None] = (None,),
+    max_columns: int = 12,
+    cell: int = 192,
+):
+    """Writes samples/contact-sheet.png: prompts of each size down, steps across, the first and the last among
+    them."""
     steps = list_sample_steps(output_dir)
     columns = np.linspace(0, len(steps) - 1, min(len(steps), max_columns)).round().astype(int)
     steps = [steps[column] for column in columns]
+    rows = [(prompt, f"{size[0]}x{size[1]}" if size else "") for size in sizes for prompt in prompts]
     blank, cells = Image.new("RGB", (cell, cell), "white"), {}
     for step in steps:
         for file in (output_dir / "samples").glob(f"step-{step:07d}-prompt-*.png"):
+            size = "".join(file.stem.split("-")[4:])
             with Image.open(file) as image:  # by its own prompt: a run may be resumed with others
-                cells[image.info.get("prompt"), step] = image.resize((cell, cell))
-    images = [cells.get((prompt, step), blank) for prompt in prompts for step in steps]
-    sheet = make_image_grid(images, rows=len(prompts), cols=len(steps))
+                padded = ImageOps.pad(image, (cell, cell), color="white")
+                cells[image.info.get("prompt"), size, step] = padded
+    images = [cells.get((*row, step), blank) for row in rows for step in steps]
+    sheet = make_image_grid(images, rows=len(rows), cols=len(steps))
     figure = Figure(figsize=(sheet.width / 74, sheet.height / 74), dpi=96)  # the axes take 77 % of it
     axes = figure.subplots()
     axes.imshow(sheet)
     axes.set_xticks(cell * (np.arange(len(steps)) + 0.5), labels=[f"step {step}" for step in steps])
-    labels = [textwrap.fill(prompt, 24) for prompt in prompts]
-    axes.set_yticks(cell * (np.arange(len(prompts)) + 0.5), labels=labels, parse_math=False)
+    labels = ["\n".join(filter(None, (textwrap.fill(prompt, 24), size))) for prompt, size in rows]
+    axes.set_yticks(cell * (np.arange(len(rows)) + 0.5), labels=labels, parse_math=False)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     save_figure(figure, output_dir / "samples" / "contact-sheet.png")
@@ -2091,45 +2385,50 @@ def hash_model(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def cache_key(
-    dataset: datasets.Dataset, args: argparse.Namespace, tokenizer, text_encoder, image_encoder
-) -> str:
-    """A hash of all that the cache depends on: rows, columns, resolution, dtype, tokenizer, the encoders'
+def cache_key(rows: SizedRows, args: argparse.Namespace, tokenizer, text_encoder, image_encoder) -> str:
+    """A hash of all that the cache depends on: rows and their sizes, columns, dtype, tokenizer, the encoders'
     weights, and the source of the functions below. After an edit of other code, set another --cache_dir."""
-    reading = (load_image, make_image_transforms, normalize_pixels, list_captions)
-    encoding = (tokenize_captions, embed_captions, encode_batch)
+    reading = (load_image, resize_to_cover, make_image_transforms, normalize_pixels, list_captions)
+    encoding = (tokenize_captions, embed_captions, embed_images)
     sources = [inspect.getsource(function) for function in (*reading, *encoding)]
-    settings = (args.image_column, args.caption_column, args.resolution, str(text_encoder.dtype))
+    sizes = (rows.sizes, rows.buckets.tobytes())
+    settings = (args.image_column, args.caption_column, sizes, str(text_encoder.dtype))
     models = (tokenizer.backend_tokenizer.to_str(), hash_model(text_encoder), hash_model(image_encoder))
-    return Hasher.hash((dataset._fingerprint, hash_rows(dataset, args), settings, models, sources))
+    fingerprints = (rows.rows._fingerprint, hash_rows(rows.rows, args))
+    return Hasher.hash((fingerprints, settings, models, sources))
 
 
 class RowDataset(Dataset):
     """Rows as pixels and captions, or the error that reading them raised."""
 
-    def __init__(self, rows: datasets.Dataset, args: argparse.Namespace):
+    def __init__(self, rows: SizedRows, args: argparse.Namespace):
         self.rows = rows
         self.args = args
-        self.image_transforms = make_image_transforms(args.resolution)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
         try:
-            row = self.rows[index]
+            row = self.rows.rows[index]
             captions = list_captions(row, self.args)
-            pixels = self.image_transforms(load_image(row[self.args.image_column], image_folders(self.args)))
+            image = load_image(row[self.args.image_column], image_folders(self.args))
+            pixels = make_image_transforms(self.rows.size(index))(image)
             return {"pixels": pixels, "captions": captions, "error": ""}
         except ValueError as error:  # from `load_image` or `list_captions`
             return {"captions": [], "error": str(error)}
 
 
 def collate_rows(rows: list[dict]) -> dict:
-    """Stacks the pixels of the rows that could be read."""
-    pixels = [row["pixels"] for row in rows if not row["error"]]
+    """A batch of rows, in which the pixels of those that could be read are stacked by size: {size: pixels},
+    in the order of the rows."""
+    pixels = {}
+    for row in rows:
+        if not row["error"]:
+            pixels.setdefault(row["pixels"].shape, []).append(row["pixels"])
     return {
-        "pixels": default_collate(pixels) if pixels else None,
+        "pixels": {size: default_collate(images) for size, images in pixels.items()},
+        "sizes": [None if row["error"] else row["pixels"].shape for row in rows],
         "captions": [row["captions"] for row in rows],
         "errors": [row["error"] for row in rows],
     }
@@ -2141,18 +2440,19 @@ def encode_rows(
     """Yields the encoders' outputs for batches of rows, from `first_row` on, and their captions, as bytes."""
     row = first_row
     for batch in dataloader:
-        latents, prompt_embeds = iter(()), iter(())
-        if batch["pixels"] is not None:
-            captions = [caption for captions in batch["captions"] for caption in captions]
-            inputs = {"effnet_pixel_values": batch["pixels"]} | tokenize_captions(captions, tokenizer)
-            encoded = encode_batch(inputs, text_encoder, image_encoder)
-            latents, prompt_embeds = iter(encoded[0].cpu()), iter(encoded[1].cpu())
+        latents = {
+            size: iter(embed_images(pixels, image_encoder).cpu()) for size, pixels in batch["pixels"].items()
+        }
+        captions = [caption for captions in batch["captions"] for caption in captions]
+        prompt_embeds = iter(())
+        if captions:
+            prompt_embeds = iter(embed_captions(tokenize_captions(captions, tokenizer), text_encoder).cpu())
         rows = []
-        for captions, error in zip(batch["captions"], batch["errors"], strict=True):
+        for size, captions, error in zip(batch["sizes"], batch["captions"], batch["errors"], strict=True):
             if error and not args.skip_bad_rows:
                 raise SystemExit(f"row {row}: {error}; fix it, or skip such rows with --skip_bad_rows")
             embeds_bytes = [tensor_to_bytes(next(prompt_embeds)) for _ in captions]
-            latents_bytes = b"" if error else tensor_to_bytes(next(latents))
+            latents_bytes = b"" if error else tensor_to_bytes(next(latents[size]))
             rows.append({"latents": latents_bytes, "prompt_embeds": embeds_bytes, "error": error})
             row += 1
         yield rows
@@ -2188,12 +2488,12 @@ def load_shard(file: Path, rows: RowDataset) -> datasets.Dataset | None:
 
 def cache_latents(
     accelerator: Accelerator,
-    dataset: datasets.Dataset,
+    dataset: SizedRows,
     args: argparse.Namespace,
     tokenizer,
     text_encoder,
     image_encoder,
-) -> datasets.Dataset:
+) -> SizedRows:
     """The data set as the encoders' outputs: computed once, kept on disk by `cache_key`, and memory-mapped.
 
     The ranks share the shards. An interrupted pass continues at the next shard, with any number of ranks.
@@ -2232,18 +2532,19 @@ def cache_latents(
             num_done += len(shard)
             progress.update(num_done - progress.n)  # by the rows of a shard that existed already
         accelerator.wait_for_everyone()
-        return datasets.concatenate_datasets([load_or_encode(shard) for shard in shards])
+        encoded = datasets.concatenate_datasets([load_or_encode(shard) for shard in shards])
+    return replace(dataset, rows=encoded)
 
 
 def preprocess_cached(
-    row: dict, resolution: int, empty_embeds: torch.Tensor, caption_dropout: float
+    row: dict, size: tuple[int, int], empty_embeds: torch.Tensor, caption_dropout: float
 ) -> dict[str, torch.Tensor]:
-    """As `preprocess_train`, for a row of `cache_latents`: latents (16, side, side) and prompt_embeds
-    (77, width), for which `empty_embeds` is that of the empty caption."""
+    """As `preprocess_train`, for a row of `cache_latents`: latents (16, height / 32, width / 32) and
+    prompt_embeds (77, width), for which `empty_embeds` is that of the empty caption."""
     if row["error"]:
         raise ValueError(row["error"])
-    side = math.ceil(resolution / STRIDE)
-    latents = tensor_from_bytes(row["latents"], empty_embeds.dtype).view(-1, side, side)
+    height, width = (math.ceil(side / STRIDE) for side in size)
+    latents = tensor_from_bytes(row["latents"], empty_embeds.dtype).view(-1, height, width)
     prompt_embeds = choose_caption(row["prompt_embeds"], caption_dropout, empty=empty_embeds)
     if prompt_embeds is not empty_embeds:
         prompt_embeds = tensor_from_bytes(prompt_embeds, empty_embeds.dtype).view(empty_embeds.shape)
@@ -2349,18 +2650,18 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 
     # The data, and which samples each step trains on. Batches run on over an epoch's end, so that each one is
     # full and each row is used once an epoch.
-    with accelerator.local_main_process_first():
-        dataset = load_train_dataset(args)
     tokenizer = load_tokenizer(args)
-    check_rows(dataset, args, tokenizer)
+    with accelerator.local_main_process_first():
+        dataset, rows_hash = load_rows(args, tokenizer)
     train_rows, held_out_rows = split_held_out(len(dataset), args.validation_split, args.seed)
     plan = SamplePlan(
         seed=args.seed,
         num_rows=len(train_rows),
-        rows_hash=hash_rows(dataset, args),
+        rows_hash=rows_hash,
         num_processes=accelerator.num_processes,
         train_batch_size=args.train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        bucket_rows=dataset.describe() if args.aspect_ratio_buckets else {},
     )
     check_same_plan(plan, state, checkpoint)
     if args.max_train_steps is None:
@@ -2382,14 +2683,14 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 
     # The data loaders.
     preprocess = make_preprocess(args, tokenizer, empty_embeds, train=True)
-    batches = plan.train_batches(rank, first_step, args.max_train_steps)
-    train_dataset = dataset.select(train_rows, keep_in_memory=True)
+    train_dataset = dataset.select(train_rows)
+    batches = SampleOrder(train_dataset, plan).train_batches(rank, first_step, args.max_train_steps)
     train_dataloader = make_dataloader(train_dataset, preprocess, batches, args, device)
     held_out_dataloader = None
     if args.validation_split is not None:
         preprocess = make_preprocess(args, tokenizer, empty_embeds, train=False)
-        batches = plan.held_out_batches(rank, len(held_out_rows))
-        held_out_dataset = dataset.select(held_out_rows, keep_in_memory=True)
+        held_out_dataset = dataset.select(held_out_rows)
+        batches = plan.held_out_batches(rank, held_out_dataset)
         held_out_dataloader = make_dataloader(held_out_dataset, preprocess, batches, args, device)
 
     # The optimizer and the learning rate. The prior is the checkpoint's already, the optimizer follows.
@@ -2446,16 +2747,16 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             if is_validation_due(state.global_step, args, plan):
                 validator.log_validation(state.global_step)
 
-            # All random numbers of a step follow from (seed, step, rank), also in a resumed run.
+            # All random numbers follow from the seed and the samples' positions, whatever the rank.
             started = time.perf_counter()
-            torch.manual_seed(derive_seed(args.seed, "update", state.global_step, rank))
             train_loss, rows, all_timesteps = torch.zeros((), device=device), [], []
             for _ in range(args.gradient_accumulation_steps):
                 batch = next(batches)
                 with accelerator.accumulate(prior):
                     latents, prompt_embeds = encode(batch)
-                    noise = torch.randn_like(latents, dtype=torch.float32)
-                    timesteps = sample_timesteps(len(latents), args.timestep_sampling, device)
+                    noise, u = sample_noise(batch["positions"], latents.shape[1:], device, args.seed, "noise")
+                    timesteps = sample_timesteps(u, args.timestep_sampling)
+                    torch.manual_seed(derive_seed(args.seed, "dropout", batch["positions"][0]))
                     loss = diffusion_loss(
                         prior, noise_scheduler, latents, prompt_embeds, noise, timesteps, args.loss_weighting
                     ).mean()

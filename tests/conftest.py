@@ -414,6 +414,26 @@ def assert_continues_as(again, run, update, last):
         assert picture.read_bytes() == (run.folder / "samples" / picture.name).read_bytes(), picture.name
 
 
+class Samples:
+    """The script's samples by position, of rows whose images all have one size."""
+
+    def __init__(self, rows, preprocess, seed, skip_bad_rows, resolution=64):
+        self.rows = script.SizedRows(rows, [(resolution, resolution)], np.zeros(len(rows), np.int64))
+        plan = script.SamplePlan(
+            seed=seed,
+            num_rows=len(rows),
+            rows_hash="",
+            num_processes=1,
+            train_batch_size=1,
+            gradient_accumulation_steps=1,
+        )
+        self.order = script.SampleOrder(self.rows, plan)
+        self.dataset = script.SampleDataset(self.rows, preprocess, seed, skip_bad_rows)
+
+    def __getitem__(self, position):
+        return self.dataset[position, self.order.row(position)]
+
+
 @pytest.fixture
 def train_ranks(run_main, finished_runs, models, pictures, tmp_path_factory, monkeypatch):
     """As `train`, with two ranks over gloo in two forks; gives the Run of each."""

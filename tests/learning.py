@@ -63,30 +63,36 @@ def make_flags(folder, output_dir, **flags):
 
 
 def load_rows(argv):
-    """What the script trains on with these flags: images, captions, and raw latents (N, 16, side, side)."""
+    """What the script trains on with these flags, all at the square of --resolution: images, captions, and
+    raw latents (N, 16, side, side)."""
     args = script.parse_args(argv)
     rows = script.load_train_dataset(args)
-    encoder = script.EfficientNetEncoder.load(args.pretrained_image_encoder_name_or_path)
-    image_transforms = script.make_image_transforms(args.resolution)
     images = [script.load_image(row[args.image_column], script.image_folders(args)) for row in rows]
-    pixels = script.normalize_pixels(torch.stack([image_transforms(image) for image in images]))
-    with torch.no_grad():
-        latents = torch.cat([encoder(batch) for batch in pixels.split(64)])
+    latents = encode_images(images, (args.resolution, args.resolution), args)
     return images, [row[args.caption_column] for row in rows], latents
 
 
 @torch.no_grad()
-def generate_latents(prior_pipeline, captions, side, guidance_scale=1.0, seed=0):
-    """One set of latents for each caption, by the saved pipeline: (N, 16, side, side)."""
+def encode_images(images, size, args):
+    """The raw latents of images at a size, (height, width): (N, 16, height / 32, width / 32)."""
+    encoder = script.EfficientNetEncoder.load(args.pretrained_image_encoder_name_or_path)
+    image_transforms = script.make_image_transforms(size)
+    pixels = script.normalize_pixels(torch.stack([image_transforms(image) for image in images]))
+    return torch.cat([encoder(batch) for batch in pixels.split(64)])
+
+
+@torch.no_grad()
+def generate_latents(prior_pipeline, captions, size, guidance_scale=1.0, seed=0):
+    """One set of latents for each caption, by the saved pipeline: (N, 16, *size)."""
     prior_pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    size = int(side * script.RESOLUTION_MULTIPLE)
+    height, width = (int(side * script.RESOLUTION_MULTIPLE) for side in size)
     latents = []
     for start in range(0, len(captions), 256):
         output = prior_pipeline(
             captions[start : start + 256],
-            height=size,
-            width=size,
+            height=height,
+            width=width,
             guidance_scale=guidance_scale,
             num_inference_steps=NUM_INFERENCE_STEPS,
             generator=generator,
@@ -106,9 +112,9 @@ def compare(generated, latents):
 def recall(prior_pipeline, captions, latents, guidance_scale=1.0, num_seeds=4):
     """Over `num_seeds` generations for each caption: the share of which its own image is the nearest, or
     among the five nearest, and the median relative error."""
-    side = latents.shape[-1]
+    size = latents.shape[2:]
     generated = [
-        generate_latents(prior_pipeline, captions, side, guidance_scale, seed) for seed in range(num_seeds)
+        generate_latents(prior_pipeline, captions, size, guidance_scale, seed) for seed in range(num_seeds)
     ]
     ranks, errors = zip(*(compare(one, latents) for one in generated), strict=True)
     ranks, errors = torch.cat(ranks), torch.cat(errors)
@@ -169,7 +175,7 @@ def main():
         for guidance in own.guidance:
             found = recall(pipeline, captions, latents, guidance, own.num_seeds)
             print(json.dumps({"step": step, "guidance": guidance, **found}), flush=True)
-        generated[step] = generate_latents(pipeline, captions, latents.shape[-1], own.guidance[0])
+        generated[step] = generate_latents(pipeline, captions, latents.shape[2:], own.guidance[0])
     if own.plot:
         plot_nearest(own.folder / "nearest.png", images, captions, generated, latents)
 

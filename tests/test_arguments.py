@@ -455,8 +455,8 @@ def test_ema_is_refused_when_the_resumed_run_had_none(refused_after):
 @pytest.mark.parametrize(
     ("flag", "value", "difference"),
     [
-        ("train_batch_size", 2, "train_batch_size=4.* 2"),
-        ("gradient_accumulation_steps", 2, "gradient_accumulation_steps=1.* 2"),
+        ("train_batch_size", 2, "its run had 4 samples a step .* this one 2 "),
+        ("gradient_accumulation_steps", 2, "its run had 4 samples a step .* this one 8 "),
         ("max_train_samples", 32, "num_rows=64.* 32"),
         ("seed", 1, "seed=0.* 1"),
     ],

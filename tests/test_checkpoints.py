@@ -5,6 +5,7 @@ that the resumed run ends with the same bits as one that was not interrupted."""
 import errno
 import hashlib
 import inspect
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import SCRIPT, assert_continues_as, resumed, same_weights, tiny_args
+from conftest import SCRIPT, Samples, assert_continues_as, distance, resumed, same_weights, tiny_args
 from diffusers.training_utils import EMAModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -477,12 +478,13 @@ def block_samples(script, positions, seconds, folder):
     file of that name in `folder`."""
     read_sample = script.SampleDataset.__getitem__
 
-    def read_or_block(self, position):
+    def read_or_block(self, sample):
+        position, _ = sample
         file = folder / f"blocked-{position}"
         if position in positions and not file.exists():
             file.touch()
             time.sleep(seconds)
-        return read_sample(self, position)
+        return read_sample(self, sample)
 
     script.SampleDataset.__getitem__ = read_or_block
     script.BATCH_TIMEOUT = 1
@@ -663,6 +665,72 @@ def test_ranks_end_with_the_same_weights_and_resume_exactly(train_ranks, tmp_pat
             assert torch.equal(one.all(name), other.all(name)[4:]), "on each rank"
 
 
+ELASTIC = {
+    "max_train_steps": 6,
+    "checkpointing_steps": 1,
+    "adam_epsilon": 1e-3,
+    "learning_rate": 1e-3,
+    "use_ema": True,
+    "validation_split": 6,
+    "validation_steps": 2,
+    "caption_dropout": 0.3,
+    "random_crop": True,
+    "random_flip": True,
+}
+# Processes, micro-batch and micro-steps of the unbroken run, of steps 3 and 4, and of the last two.
+SPLITS = {
+    "dropout": [(1, 2, 4), (2, 2, 2), (1, 2, 4)],
+    "without dropout": [(1, 4, 2), (2, 1, 4), (1, 8, 1)],
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_a_run_goes_on_with_another_number_of_ranks(case, train, train_ranks, steady_prior, models, tmp_path):
+    """And follows the unbroken one to rounding: samples, crops, captions, noise and timesteps are the same
+    and, as long as the micro-batches are, dropout's masks."""
+    flags = ELASTIC | {"pretrained_prior_model_name_or_path": steady_prior}
+    if case == "dropout":
+        flags["pretrained_prior_model_name_or_path"] = models / "prior"
+
+    def go_on(split, source, last_step):
+        ranks, batch_size, accumulation = split
+        settings = flags | {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        if source is not None:
+            folder = tmp_path / f"to-{last_step}"
+            shutil.copytree(source, folder / source.name)
+            settings |= {"output_dir": folder, "resume_from_checkpoint": "latest"}
+        settings["max_train_steps"] = last_step
+        runs = train_ranks(**settings) if ranks == 2 else [train(**settings)]
+        assert all(run.returncode == 0 for run in runs), runs
+        return runs
+
+    first, second, third = SPLITS[case]
+    (unbroken,) = go_on(first, None, 6)
+    middle = go_on(second, unbroken.folder / "checkpoint-2", 4)
+    (end,) = go_on(third, middle[0].folder / "checkpoint-4", 6)
+
+    def by_sample(runs, name):
+        samples = [sample for run in runs for sample in run.all(name)]
+        return sorted(sample.double().numpy().tobytes() for sample in samples)
+
+    per_step = 8 // first[1]
+    for runs, steps in ((middle, range(2, 4)), ([end], range(4, 6))):
+        micro_steps = unbroken.record["steps"][steps.start * per_step : steps.stop * per_step]
+        for name in ("pixels", "ids", "noise", "timesteps"):
+            expected = [sample for step in micro_steps for sample in step[name]]
+            expected = sorted(sample.double().numpy().tobytes() for sample in expected)
+            assert by_sample(runs, name) == expected, name
+    start = load_file(
+        flags["pretrained_prior_model_name_or_path"] / "prior" / "diffusion_pytorch_model.safetensors"
+    )
+    for step, run in ((3, middle[0]), (4, middle[0]), (5, end), (6, end)):
+        moved = distance(unbroken.prior(step), start)
+        assert distance(run.prior(step), unbroken.prior(step)) < 1e-4 * moved
+        assert distance(run.prior(step, "prior_ema"), unbroken.prior(step, "prior_ema")) < 1e-4 * moved
+        assert run.logged("train_loss")[step] == pytest.approx(unbroken.logged("train_loss")[step], rel=1e-4)
+    assert end.logged("val_loss")[6] == pytest.approx(unbroken.logged("val_loss")[6], rel=1e-4)
+
+
 def tensors_in(entry):
     """The tensors of a dict of them, and of the dicts in it."""
     for value in entry.values():
@@ -705,10 +773,10 @@ def test_resuming_continues_the_sequence_of_samples(num_rows, batch_size, accumu
         gradient_accumulation_steps=accumulation,
     )
 
-    def preprocess(row):
+    def preprocess(row, size):
         return {"sample": (row, random.random(), torch.rand(()).item(), np.random.random())}
 
-    dataset = script.SampleDataset(range(num_rows), preprocess, seed=3, skip_bad_rows=False)
+    dataset = Samples(range(num_rows), preprocess, seed=3, skip_bad_rows=False)
 
     def sequence(first_step, last_step, rank):
         batches = plan.train_batches(rank, first_step, last_step)
@@ -919,14 +987,50 @@ def test_plan_of_an_older_version_is_compared(saver, tmp_path):
     write_old_state_file(checkpoint)
     assert state.global_step == 6 and state.plan == asdict(plan)
     old_state = script.load_train_state(checkpoint, [], tmp_path)
-    numbers = {name: value for name, value in asdict(plan).items() if name != "rows_hash"}
+    newer = ("rows_hash", "bucket_rows")
+    numbers = {name: value for name, value in asdict(plan).items() if name not in newer}
     assert old_state.global_step == 6 and old_state.wandb_run_id == state.wandb_run_id
     assert {name: old_state.plan[name] for name in numbers} == numbers
     script.check_same_plan(plan, old_state, checkpoint)
-    for name, value in numbers.items():
-        other = script.SamplePlan(**asdict(plan) | {name: value + 1})
-        with pytest.raises(SystemExit, match=f"cannot be resumed exactly: its run had {name}={value}, this"):
+    changed = {
+        "seed": "seed=5, this one 6",
+        "num_rows": "num_rows=10, this one 11",
+        "num_processes": r"24 samples a step \(.*\), this one 36 samples a step \(.* x 3 processes\)",
+    }
+    for name, difference in changed.items():
+        other = replace(plan, **{name: numbers[name] + 1})
+        with pytest.raises(SystemExit, match=f"cannot be resumed exactly: its run had {difference}"):
             script.check_same_plan(other, old_state, checkpoint)
+    buckets = replace(plan, bucket_rows={"64x32": 4, "32x64": 6})
+    with pytest.raises(SystemExit, match=r"its run had bucket_rows=\{\}, this one"):
+        script.check_same_plan(buckets, old_state, checkpoint)
+
+
+def test_the_same_samples_a_step_may_be_split_up_otherwise(tmp_path):
+    """With buckets except for the micro-batch, since a micro-batch is of one bucket."""
+    sizes = itertools.product((1, 2, 3, 4, 6), repeat=3)
+    plan = script.SamplePlan(5, 10, "123", num_processes=2, train_batch_size=3, gradient_accumulation_steps=2)
+    bucket_rows = {"64x32": 4, "32x64": 6}
+    refused = 0
+    for ranks, batch_size, accumulation in sizes:
+        other = replace(
+            plan,
+            num_processes=ranks,
+            train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+        )
+        for buckets in ({}, bucket_rows):
+            state = script.TrainState(plan=asdict(replace(plan, bucket_rows=buckets)))
+            allowed = ranks * batch_size * accumulation == 12 and (not buckets or batch_size == 3)
+            error = (
+                nullcontext()
+                if allowed
+                else pytest.raises(SystemExit, match=r"samples a step|train_batch_size")
+            )
+            refused += not allowed
+            with error:
+                script.check_same_plan(replace(other, bucket_rows=buckets), state, tmp_path)
+    assert 0 < refused < 250
 
 
 # ------------------------------------------------------------------------------------ broken rows and numbers

@@ -25,7 +25,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from accelerate.state import PartialState
-from conftest import PICTURES, TESTS
+from conftest import PICTURES, TESTS, Samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -202,7 +202,7 @@ def test_cmyk_jpeg_becomes_rgb():
 
 def test_image_of_one_pixel_fills_the_square():
     image = script.load_image(encode_image(Image.new("RGB", (1, 1), (1, 2, 3))), [])
-    pixels = script.make_image_transforms(64)(image)
+    pixels = script.make_image_transforms((64, 64))(image)
     assert pixels.shape == (3, 64, 64)
     assert (pixels == torch.tensor([1, 2, 3], dtype=torch.uint8)[:, None, None]).all()
 
@@ -246,7 +246,7 @@ def test_exif_orientation_is_applied_exactly_once(tmp_path, tokenizer):
     preprocess = preprocess_for(args, tokenizer)
     for row in rows:
         upright = np.ascontiguousarray(UPRIGHT[int(row["text"])](stored))
-        pixels = script.normalize_pixels(preprocess(row)["effnet_pixel_values"][None])[0]
+        pixels = script.normalize_pixels(preprocess(row, (32, 32))["effnet_pixel_values"][None])[0]
         assert torch.equal(pixels, by_torchvision(Image.fromarray(upright), 32)), row["text"]
     assert len(rows) == 8
 
@@ -256,7 +256,8 @@ def test_pixels_are_those_of_torchvision_bit_for_bit(resolution, tokenizer):
     preprocess = preprocess_for(parse_args(resolution=resolution), tokenizer)
     for size in [(64, 64), (33, 47), (47, 33), (101, 64), (32, 255), (255, 32), (75, 76), (1, 3)]:
         image = random_image(*size)
-        pixels = preprocess({"image": encode_image(image), "text": ""})["effnet_pixel_values"]
+        row = {"image": encode_image(image), "text": ""}
+        pixels = preprocess(row, (resolution, resolution))["effnet_pixel_values"]
         assert pixels.shape == (3, resolution, resolution)
         assert pixels.dtype == torch.uint8
         normalized = script.normalize_pixels(pixels[None])
@@ -284,7 +285,7 @@ def square_within(memory, value, resolution):
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
-    pixels = script.make_image_transforms(resolution)(script.load_image(value, []))
+    pixels = script.make_image_transforms((resolution, resolution))(script.load_image(value, []))
     sys.exit(pixels.shape != (3, resolution, resolution))
 
 
@@ -303,7 +304,7 @@ def test_very_long_images_are_squared_in_bounded_memory(size):
 def test_very_long_images_keep_their_center(size):
     image = random_image(*size)
     expected = transforms.CenterCrop(32)(transforms.Resize(32, antialias=True)(image))
-    pixels = script.make_image_transforms(32)(script.load_image(encode_image(image), []))
+    pixels = script.make_image_transforms((32, 32))(script.load_image(encode_image(image), []))
     assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).max() <= 1
 
 
@@ -465,14 +466,14 @@ def test_max_train_samples_above_the_number_of_rows_uses_all_rows_with_a_warning
     assert "--max_train_samples=1000: there are 64 rows" in log.text
 
 
-def return_row(row):
+def return_row(row, size):
     """The cheapest `preprocess`: the row itself and a number of each default generator."""
     return {"value": row, "random": (random.random(), torch.rand(()).item(), np.random.rand())}
 
 
 def read_samples(rows, seed, count, preprocess=return_row, skip_bad_rows=False):
     """The samples at the first positions."""
-    samples = script.SampleDataset(rows, preprocess, seed, skip_bad_rows)
+    samples = Samples(rows, preprocess, seed, skip_bad_rows)
     return [samples[position] for position in range(count)]
 
 
@@ -495,7 +496,7 @@ def test_each_epoch_and_each_seed_has_its_own_order():
 
 def test_sample_is_a_function_of_seed_and_position():
     first, other = read_samples(range(16), 5, 48), read_samples(range(16), 6, 48)
-    samples = script.SampleDataset(range(16), return_row, 5, False)
+    samples = Samples(range(16), return_row, 5, False)
     shuffled = random.Random(0).sample(range(48), 48)
     assert {position: samples[position] for position in shuffled} == dict(enumerate(first))
     for generator in range(3):
@@ -542,9 +543,13 @@ def test_ranks_share_all_positions_and_a_resumed_run_gets_the_rest(
 @given(batch_size=COUNT, ranks=COUNT, num_rows=st.integers(0, 60))
 def test_ranks_share_all_held_out_rows(batch_size, ranks, num_rows):
     plan = make_plan(batch_size, accumulation=2, ranks=ranks)
-    shares = [plan.held_out_batches(rank, num_rows) for rank in range(ranks)]
-    assert all(1 <= len(batch) <= batch_size for share in shares for batch in share)
-    assert sorted(row for share in shares for batch in share for row in batch) == list(range(num_rows))
+    buckets = np.arange(num_rows) % 3  # in batches of one size
+    rows = script.SizedRows(None, [(32, 64), (64, 32), (32, 32)], buckets)
+    shares = [plan.held_out_batches(rank, rows) for rank in range(ranks)]
+    batches = [batch for share in shares for batch in share]
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
+    assert sorted(sample for batch in batches for sample in batch) == [(row, row) for row in range(num_rows)]
+    assert all(len({buckets[row] for _, row in batch}) == 1 for batch in batches)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1, "one rank does another's work"
 
 
@@ -561,7 +566,8 @@ def test_planning_a_long_run_needs_no_memory():
 
 def make_loader(rows, args, tokenizer, first_step, last_step, start_method=None):
     """The DataLoader of `main`, on one rank, with batches of four."""
-    batches = make_plan().train_batches(0, first_step, last_step)
+    rows = script.choose_sizes(rows, args, rows_hash="")
+    batches = script.SampleOrder(rows, make_plan()).train_batches(0, first_step, last_step)
     dataloader = script.make_dataloader(rows, preprocess_for(args, tokenizer), batches, args, CPU)
     if start_method is not None:
         dataloader.multiprocessing_context = start_method
@@ -625,7 +631,7 @@ def replace_by_noise(image):
 @pytest.fixture
 def noise_augmentation(monkeypatch):
     """A user's edit of `make_augmentations`."""
-    monkeypatch.setattr(script, "make_augmentations", lambda args: [replace_by_noise])
+    monkeypatch.setattr(script, "make_augmentations", lambda args, size: [replace_by_noise])
 
 
 def generator_states():
@@ -660,9 +666,9 @@ def test_augmentations_are_a_function_of_seed_and_position_with_any_number_of_wo
 def test_held_out_rows_are_neither_augmented_nor_lose_their_captions(noise_augmentation, tokenizer):
     args = parse_args(train_data_dir=PICTURES, resolution=32, caption_dropout=0.99)
     rows = script.load_train_dataset(args)
-    plain = script.make_image_transforms(32)
-    held_out = script.SampleDataset(rows, preprocess_for(args, tokenizer, train=False), 0, False)
-    train = script.SampleDataset(rows, preprocess_for(args, tokenizer, train=True), 0, False)
+    plain = script.make_image_transforms((32, 32))
+    held_out = Samples(rows, preprocess_for(args, tokenizer, train=False), 0, False, resolution=32)
+    train = Samples(rows, preprocess_for(args, tokenizer, train=True), 0, False, resolution=32)
     for position in range(len(rows)):
         sample = held_out[position]
         row = rows[sample["row"]]
@@ -680,14 +686,14 @@ def test_reading_a_sample_leaves_the_default_generators_as_they_are(
     good = {"image": encode_pixel(), "text": "a cat"}
     rows = [good if row % 2 else good | {"text": None} for row in range(8)]
     preprocess = preprocess_for(parse_args(resolution=32), tokenizer)
-    dataset = script.SampleDataset(rows, preprocess, 0, skip_bad_rows)
+    dataset = Samples(rows, preprocess, 0, skip_bad_rows)
     states = generator_states()
     samples = [dataset[position] for position in range(8)]
     assert generator_states() == states
     num_errors = sum("error" in sample for sample in samples)
     num_replaced = sum(bool(sample.get("bad_rows")) for sample in samples)
     assert (num_errors, num_replaced) == ((0, 4) if skip_bad_rows else (4, 0))
-    preprocess(good)
+    preprocess(good, (32, 32))
     after = generator_states()
     changed = [state != before for state, before in zip(after, states, strict=True)]
     assert changed == [True] * 3, "the augmentation does not use the generators, so this test shows nothing"
@@ -698,7 +704,7 @@ def read_pixels(tokenizer, epoch=0, **flags):
     argv = [f"--{name}" for name, value in flags.items() if value]
     args = parse_args(*argv, train_data_dir=PICTURES, resolution=64)
     rows = script.load_train_dataset(args)
-    dataset = script.SampleDataset(rows, preprocess_for(args, tokenizer), args.seed, False)
+    dataset = Samples(rows, preprocess_for(args, tokenizer), args.seed, False)
     samples = [dataset[position] for position in range(64 * epoch, 64 * epoch + 64)]
     return {sample["row"]: sample["effnet_pixel_values"] for sample in samples}
 
@@ -740,7 +746,9 @@ def test_random_crops_are_uniform_over_the_whole_resized_image(axis, tokenizer):
     assert np.mean(starts) == pytest.approx((length - side) / 2, abs=4 * deviation / count**0.5)
     thirds = np.histogram(starts, bins=[0, 43, 86, 129])[0]
     assert np.abs(thirds - count / 3).max() < 4 * (count * (1 / 3) * (2 / 3)) ** 0.5
-    plain = preprocess_for(parse_args(resolution=side), tokenizer)(rows[0])["effnet_pixel_values"]
+    plain = preprocess_for(parse_args(resolution=side), tokenizer)(rows[0], (side, side))[
+        "effnet_pixel_values"
+    ]
     center = torch.from_numpy(ramp).narrow(axis - 1, (length - side) // 2, side)
     assert (plain == center).all()
 
@@ -887,7 +895,7 @@ def test_error_of_a_row_selected_by_max_train_samples_says_of_which_rows_it_is_t
         assert files[order[position]] in sample["error"]
 
 
-def fail_on_odd(row):
+def fail_on_odd(row, size):
     if row % 2:
         raise ValueError(f"{row} is odd")
     return {"value": row}
@@ -944,7 +952,7 @@ def test_without_skipping_an_unreadable_row_is_an_error_of_its_batch(tokenizer):
 def test_data_set_of_unreadable_rows_only_is_an_error(rows):
     attempts = []
 
-    def fail(row):
+    def fail(row, size):
         attempts.append(row)
         if len(attempts) > 1000:
             pytest.fail("it tries forever")

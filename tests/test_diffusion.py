@@ -3,7 +3,6 @@
 the weights, random numbers and several ranks, against formulas written out here and other implementations."""
 
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from conftest import (
     PICTURES,
     TESTS,
+    Samples,
     assert_continues_as,
     distance,
     load_optimizer_state,
@@ -149,30 +149,6 @@ def test_all_weights_of_the_prior_are_trained_and_none_of_the_encoders(train, mo
         assert not step["image_encoder_training"] and not step["text_encoder_training"]
 
 
-def seed_noise_by_image():
-    """Makes noise and timesteps a function of each sample's pixels, however these are batched."""
-    seeds, forward = [], EfficientNetEncoder.forward
-
-    def forward_and_seed(self, pixels):
-        digests = [hashlib.sha256(sample.numpy().tobytes()).digest() for sample in pixels]
-        seeds[:] = [int.from_bytes(digest[:6], "big") for digest in digests]
-        return forward(self, pixels)
-
-    def randn_like(tensor, dtype):
-        samples = [
-            torch.randn(tensor.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=dtype)
-            for seed in seeds
-        ]
-        assert len(samples) == len(tensor)
-        return torch.stack(samples)
-
-    def rand(count, device):
-        assert count == len(seeds)
-        return torch.tensor([seed / 2**48 for seed in seeds], device=device)
-
-    EfficientNetEncoder.forward, torch.randn_like, torch.rand = forward_and_seed, randn_like, rand
-
-
 def test_four_micro_steps_of_one_image_are_a_step_of_four(train, steady_prior):
     flags = {
         "pretrained_prior_model_name_or_path": steady_prior,
@@ -182,8 +158,8 @@ def test_four_micro_steps_of_one_image_are_a_step_of_four(train, steady_prior):
         "checkpointing_steps": 1,
         "max_train_steps": 4,
     }
-    at_once = train(seed_noise_by_image, **flags, train_batch_size=4)
-    one_by_one = train(seed_noise_by_image, **flags, train_batch_size=1, gradient_accumulation_steps=4)
+    at_once = train(**flags, train_batch_size=4)
+    one_by_one = train(**flags, train_batch_size=1, gradient_accumulation_steps=4)
     assert at_once.returncode == one_by_one.returncode == 0, (at_once, one_by_one)
     assert len(at_once.record["steps"]) == 4
     assert len(one_by_one.record["steps"]) == 16
@@ -327,7 +303,7 @@ def test_timesteps_are_uniform_float32_and_no_noise_is_used_twice(train):
 
 def sample_many_timesteps(sampling, count=200_000, seed=0):
     torch.manual_seed(seed)
-    return script.sample_timesteps(count, sampling, torch.device("cpu"))
+    return script.sample_timesteps(torch.rand(count), sampling)
 
 
 def test_stretched_timesteps_are_one_as_often_as_in_the_original_training():
@@ -389,6 +365,9 @@ def test_bf16_embeds_the_timesteps_in_float32(train, steady_prior, tmp_path):
     assert run.returncode == 0, run
     embeddings = torch.load(file)
     assert len(embeddings) == 3 * 2, "two timestep blocks"
+    t = run.all("timesteps")
+    for rounded in (t.bfloat16(), t.half()):
+        assert (embed_timesteps(rounded) - embed_timesteps(t)).abs().max() > 0.5, "rounding would be seen"
     for index, step in enumerate(run.record["steps"]):
         t = step["timesteps"]
         assert t.dtype == step["given"].dtype == torch.float32
@@ -397,8 +376,6 @@ def test_bf16_embeds_the_timesteps_in_float32(train, steady_prior, tmp_path):
         assert (add_noise(step["image_embeds"], step["noise"], t) - step["noisy"]).abs().max() < 1e-5
         # Float32 rounds angles of up to 10000 by up to 0.001.
         expected = embed_timesteps(t)
-        for rounded in (t.bfloat16(), t.half()):
-            assert (embed_timesteps(rounded) - expected).abs().max() > 0.5, "rounding would be seen"
         for embedding in embeddings[2 * index : 2 * index + 2]:
             assert embedding.dtype == torch.float32
             assert (embedding - expected).abs().max() < 0.01
@@ -846,7 +823,7 @@ def read_pixels(positions=range(64), **flags):
     args = parse_flags(**flags)
     tokenizer = CLIPTokenizerFast.from_pretrained(TESTS / "data" / "clip-tokenizer", model_max_length=77)
     preprocess = script.make_preprocess(args, tokenizer, empty_embeds=None, train=True)
-    samples = script.SampleDataset(script.load_train_dataset(args), preprocess, args.seed, False)
+    samples = Samples(script.load_train_dataset(args), preprocess, args.seed, False)
     read = [samples[position] for position in positions]
     return {sample["row"]: sample["effnet_pixel_values"] for sample in read}
 
@@ -972,8 +949,8 @@ def test_two_ranks_of_two_images_are_one_of_four(train, train_ranks, steady_prio
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 1,
     }
-    runs = train_ranks(seed_noise_by_image, **flags)
-    alone = train(seed_noise_by_image, **flags | {"train_batch_size": 4})
+    runs = train_ranks(**flags)
+    alone = train(**flags | {"train_batch_size": 4})
     assert all(run.returncode == 0 for run in (*runs, alone)), (*runs, alone)
     assert runs[0].record["rates"] == runs[1].record["rates"] == alone.record["rates"]
     before = initial_weights(steady_prior)

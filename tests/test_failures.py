@@ -120,7 +120,7 @@ def test_an_error_in_an_edit_shows_its_traceback(models, pictures, tmp_path, run
     def fail(image):
         raise TypeError("unsupported operand")
 
-    monkeypatch.setattr(script, "make_augmentations", lambda args: [fail])
+    monkeypatch.setattr(script, "make_augmentations", lambda args, size: [fail])
     for num_workers in (0, 1):
         flags = {"skip_bad_rows": True, "max_train_steps": 1, "dataloader_num_workers": num_workers}
         finished = run_main(tiny_args(models, pictures, tmp_path / f"run-{num_workers}", **flags), timeout=60)

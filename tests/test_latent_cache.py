@@ -20,10 +20,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
 import torch
-from conftest import SCRIPT, assert_continues_as, resumed, same_weights, tiny_args
+from conftest import SCRIPT, Samples, assert_continues_as, resumed, same_weights, tiny_args
 from datasets.table import ConcatenationTable, MemoryMappedTable
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -53,12 +54,13 @@ FOUR_SHARDS = {"max_train_steps": 8, "train_batch_size": 8, "checkpointing_steps
 # Those of the script whose source is part of the key.
 KEYED_FUNCTIONS = [
     "load_image",
+    "resize_to_cover",
     "make_image_transforms",
     "normalize_pixels",
     "list_captions",
     "tokenize_captions",
     "embed_captions",
-    "encode_batch",
+    "embed_images",
 ]
 
 
@@ -358,7 +360,7 @@ def test_augmentation_flags_are_rejected_with_a_cache(capsys, flag):
 def test_any_augmentation_of_ones_own_is_rejected_with_a_cache(capsys, monkeypatch):
     flags = ["--train_data_dir=images", "--cache_latents"]
     assert script.parse_args(flags).cache_latents
-    monkeypatch.setattr(script, "make_augmentations", lambda args: [transforms.ColorJitter(hue=0.1)])
+    monkeypatch.setattr(script, "make_augmentations", lambda args, size: [transforms.ColorJitter(hue=0.1)])
     assert not script.parse_args(flags[:1]).cache_latents
     with pytest.raises(SystemExit) as rejected:
         script.parse_args(flags)
@@ -579,7 +581,7 @@ def test_an_edit_of_a_listed_function_changes_the_key_whether_the_script_is_main
     model = torch.nn.Linear(1, 1)
     model.dtype = torch.float32
     tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=lambda: "vocabulary"))
-    dataset = SimpleNamespace(_fingerprint="rows")
+    rows = SimpleNamespace(_fingerprint="rows")
     args = script.parse_args(["--train_data_dir=images"])
     keys = {}
     for name in ("", *KEYED_FUNCTIONS, "choose_caption"):
@@ -588,6 +590,7 @@ def test_an_edit_of_a_listed_function_changes_the_key_whether_the_script_is_main
             module = load_script(tmp_path / f"{name}-{module_name}", source, module_name, monkeypatch)
             assert module.cache_key is not script.cache_key
             module.hash_rows = lambda dataset, args: "rows"
+            dataset = module.SizedRows(rows, [(64, 64)], np.zeros(5, np.int64))
             keys[name, module_name] = module.cache_key(dataset, args, tokenizer, model, model)
     assert all(keys[name, "__main__"] == keys[name, script.__name__] for name, _ in keys)
     assert keys["choose_caption", "__main__"] == keys["", "__main__"], "its edits make the cache not anew"
@@ -823,14 +826,14 @@ def test_bad_rows_are_skipped_as_without_the_cache(train, broken_images, tmp_pat
 
 def fail_in_two_lines(file):
     """Makes the decoder of images raise an error of two lines for this file."""
-    read_image_file = script.read_image_file
+    find_image_file = script.find_image_file
 
     def failing(path, folders):
         if Path(path).name == file:
             raise OSError("bad marker\nat byte 7")
-        return read_image_file(path, folders)
+        return find_image_file(path, folders)
 
-    script.read_image_file = failing
+    script.find_image_file = failing
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -862,7 +865,7 @@ def break_transforms():
     def raise_error(image):
         raise RuntimeError("wrong edit")
 
-    script.make_image_transforms = lambda resolution, augmentations=(): raise_error
+    script.make_image_transforms = lambda size, augmentations=(): raise_error
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
@@ -880,7 +883,7 @@ def kill_worker():
         assert torch.utils.data.get_worker_info() is not None
         os.kill(os.getpid(), signal.SIGKILL)
 
-    script.read_image_file = killed
+    script.find_image_file = killed
 
 
 def test_a_worker_killed_in_the_pass_is_one_line_that_names_the_flag(train, tmp_path):
@@ -912,8 +915,9 @@ ONE_RANK = SimpleNamespace(
 
 
 def cache_rows(rows, folder, accelerator=ONE_RANK):
-    args = script.parse_args([f"--train_data_dir={folder}", f"--cache_dir={folder}"])
-    return script.cache_latents(accelerator, rows, args, None, None, None)
+    args = script.parse_args([f"--train_data_dir={folder}", f"--cache_dir={folder}", "--resolution=64"])
+    rows = script.choose_sizes(rows, args, rows_hash="")
+    return script.cache_latents(accelerator, rows, args, None, None, None).rows
 
 
 @pytest.fixture
@@ -924,16 +928,18 @@ def cache_numbers(tmp_path, monkeypatch):
     def tokenize(captions, tokenizer):
         return {"text_input_ids": torch.tensor([float(caption) for caption in captions])}
 
-    def encode(batch, text_encoder, image_encoder):
-        numbers = batch["effnet_pixel_values"]
-        latents = numbers.float().view(-1, 1, 1, 1).expand(-1, 16, 2, 2)
-        return latents, batch["text_input_ids"].view(-1, 1, 1).expand(-1, 77, 4)
+    def embed_images(numbers, image_encoder):
+        return numbers.float().view(-1, 1, 1, 1).expand(-1, 16, 2, 2)
+
+    def embed_captions(tokens, text_encoder):
+        return tokens["text_input_ids"].view(-1, 1, 1).expand(-1, 77, 4)
 
     monkeypatch.setattr(script, "cache_key", lambda *_: "key")
     monkeypatch.setattr(script, "load_image", lambda number, folders: torch.tensor(number))
-    monkeypatch.setattr(script, "make_image_transforms", lambda resolution: lambda image: image)
+    monkeypatch.setattr(script, "make_image_transforms", lambda size: lambda image: image)
     monkeypatch.setattr(script, "tokenize_captions", tokenize)
-    monkeypatch.setattr(script, "encode_batch", encode)
+    monkeypatch.setattr(script, "embed_images", embed_images)
+    monkeypatch.setattr(script, "embed_captions", embed_captions)
 
     def cache(count):
         captions = [[f"{number}", f"-{number}"] for number in range(count)]
@@ -990,10 +996,8 @@ def test_a_sample_reads_one_row_however_many_there_are(cache_numbers, monkeypatc
             read.append(row)
             return read_row(hundred, row % 100)
 
-    preprocess = partial(
-        script.preprocess_cached, resolution=64, empty_embeds=torch.zeros(77, 4), caption_dropout=0.0
-    )
-    samples = script.SampleDataset(Million(), preprocess, seed=0, skip_bad_rows=False)
+    preprocess = partial(script.preprocess_cached, empty_embeds=torch.zeros(77, 4), caption_dropout=0.0)
+    samples = Samples(Million(), preprocess, seed=0, skip_bad_rows=False)
     plan = script.SamplePlan(
         seed=0,
         num_rows=1_000_000,
@@ -1023,11 +1027,11 @@ def test_all_rows_are_in_few_shards_that_the_ranks_share(tmp_path, monkeypatch, 
         def __len__(self):
             return count
 
-        def select(self, shard):
+        def select(self, shard, keep_in_memory):
             return shard
 
     monkeypatch.setattr(script, "cache_key", lambda *_: "key")
-    monkeypatch.setattr(script, "RowDataset", lambda rows, args: rows)
+    monkeypatch.setattr(script, "RowDataset", lambda rows, args: rows.rows)
     monkeypatch.setattr(script, "DataLoader", lambda rows, **_: rows)
     monkeypatch.setattr(script, "encode_rows", lambda rows, first_row, *_: (rows, first_row))
     monkeypatch.setattr(script, "load_shard", lambda file, rows: rows if (rows, rows.start) in made else None)

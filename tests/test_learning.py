@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training learns, and each part of it matters: with one of them wrong, the images are not learned."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import PICTURES
-from learning import load_pipeline, load_rows, make_flags, make_models, recall
+from learning import encode_images, load_pipeline, load_rows, make_flags, make_models, recall
+from PIL import Image
 
 import train_text_to_image_prior as script
 
@@ -50,6 +52,49 @@ def has_learned(found):
 def test_captioned_images_are_memorized(learn):
     found = learn()
     assert has_learned(found), found
+
+
+# -------------------------------------------------------------------------------------------- of all shapes
+
+
+def write_panoramas(folder):
+    """16 images, half of them 2:1 and half 1:2, whose central square is white: what the caption names is at
+    the left or at the top end. Returns their captions and files."""
+    folder.mkdir()
+    rows = [json.loads(line) for line in (PICTURES / "metadata.jsonl").read_text().splitlines()[:16]]
+    for index, row in enumerate(rows):
+        with Image.open(PICTURES / row["file_name"]) as image:
+            emoji = image.convert("RGB").resize((32, 64))
+        panorama = Image.new("RGB", (128, 64), "white")
+        panorama.paste(emoji, (0, 0))
+        panorama = panorama if index % 2 else panorama.transpose(Image.Transpose.ROTATE_90)
+        row["file_name"] = f"{index}.png"
+        panorama.save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [(row["text"], folder / row["file_name"]) for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("buckets", [False, True], ids=["squares", "buckets"])
+def test_content_outside_the_central_square_is_learned_with_buckets_only(
+    buckets, untrained, run_main, tmp_path
+):
+    rows = write_panoramas(tmp_path / "panoramas")
+    flags = {"train_data_dir": tmp_path / "panoramas", "resolution": 96, "train_batch_size": 16}
+    flags |= {"max_train_steps": 1600, "checkpointing_steps": 1600}
+    flags |= {"aspect_ratio_buckets": True} if buckets else {}
+    argv = make_flags(untrained, tmp_path / "run", **flags)
+    done = run_main(argv)
+    assert done.returncode == 0, done
+    pipeline = load_pipeline(tmp_path / "run")
+    for shape, size in ((1, (64, 128)), (0, (128, 64))):
+        captions, files = zip(*rows[shape::2], strict=True)
+        latents = encode_images([Image.open(file) for file in files], size, script.parse_args(argv))
+        found = recall(pipeline, list(captions), latents)
+        if buckets:
+            assert has_learned(found), found
+        else:
+            assert found["top1"] < 0.5, found  # chance: 1 in 8
 
 
 # ---------------------------------------------------------------------------------------- with one part wrong

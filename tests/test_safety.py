@@ -639,10 +639,9 @@ def test_a_row_that_can_be_read_again_is_encoded_again(cached_run, models, tmp_p
     folder, name = cached_run
     cache = Path(shutil.copytree(folder / "cache", tmp_path / "cache"))
     (shard,) = (cache / "wuerstchen_latents").rglob("*.arrow")
-    rows = script.RowDataset(
-        script.load_train_dataset(script.parse_args([f"--train_data_dir={folder / 'data'}"])),
-        script.parse_args([f"--train_data_dir={folder / 'data'}", "--resolution=64"]),
-    )
+    args = script.parse_args([f"--train_data_dir={folder / 'data'}", "--resolution=64"])
+    rows = script.choose_sizes(script.load_train_dataset(args), args, rows_hash="")
+    rows = script.RowDataset(rows, args)
     assert script.load_shard(shard, rows) is not None
     shutil.copy(folder / "missing", folder / "data" / name)
     try:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -465,7 +466,7 @@ def test_the_decoder_leaves_the_device_while_it_is_not_used(models, monkeypatch,
             autocast=nullcontext,
             split_between_processes=nullcontext,
         ),
-        args=SimpleNamespace(resolution=64, validation_prompts=PROMPTS, seed=0),
+        args=SimpleNamespace(resolution=64, validation_prompts=PROMPTS, validation_size=None, seed=0),
         prior=script.wuerstchen.WuerstchenPrior.from_pretrained(models / "prior" / "prior").eval(),
         ema_prior=None,
         noise_scheduler=script.DDPMWuerstchenScheduler(),
@@ -479,6 +480,98 @@ def test_the_decoder_leaves_the_device_while_it_is_not_used(models, monkeypatch,
         assert len(validator.generate_images(2)) == (0 if fails else 3)
     assert decoder.devices == ["cpu", "cuda", "cpu", "cuda", "cpu"]
     assert len(loads) == 1
+
+
+# ------------------------------------------------------------------------------------------- further sizes
+
+
+SIZED = {
+    "max_train_steps": 2,
+    "validation_steps": 2,
+    "validation_prompts": PROMPTS[:2],
+    "validation_size": [128, 256, 256, 128],
+}
+
+
+@pytest.fixture
+def sized(train, small):
+    run = train(train_data_dir=small, **SIZED)
+    assert run.returncode == 0, run
+    return run
+
+
+def test_each_prompt_is_generated_at_each_size(sized, models):
+    """The last ones are what the saved pipeline generates at that size."""
+    samples = sized.folder / "samples"
+    names = [
+        f"step-{step:07d}-prompt-{index}{size}.png"
+        for step in (0, 2)
+        for index in (0, 1)
+        for size in SUFFIXES
+    ]
+    assert sorted(file.name for file in samples.iterdir()) == sorted([*names, "contact-sheet.png"])
+    pipeline = script.diffusers.AutoPipelineForText2Image.from_pretrained(sized.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    for suffix, (width, height) in SUFFIXES.items():
+        for index, prompt in enumerate(PROMPTS[:2]):
+            with Image.open(samples / f"step-0000002-prompt-{index}{suffix}.png") as image:
+                assert image.size == (width, height) and image.info["prompt"] == prompt
+                generated = np.asarray(image).astype(int)
+            expected = pipeline(
+                prompt,
+                width=width,
+                height=height,
+                prior_timesteps=script.wuerstchen.DEFAULT_STAGE_C_TIMESTEPS,
+                prior_guidance_scale=script.GUIDANCE_SCALE,
+                decoder_guidance_scale=0.0,
+                generator=torch.Generator().manual_seed(0),
+            ).images[0]
+            assert np.abs(np.asarray(expected).astype(int) - generated).max() <= 1
+
+
+SUFFIXES = {"": (128, 128), "-128x256": (128, 256), "-256x128": (256, 128)}
+
+
+def test_the_contact_sheet_has_a_row_for_each_prompt_and_size(sized, tmp_path, monkeypatch):
+    """Squares first. Each cell has its image whole, between white margins."""
+    made = {}
+    make_grid = script.make_image_grid
+    monkeypatch.setattr(
+        script,
+        "make_image_grid",
+        lambda images, **kw: made.update(kw, images=images) or make_grid(images, **kw),
+    )
+    shutil.copytree(sized.folder / "samples", tmp_path / "samples")
+    script.save_contact_sheet(tmp_path, PROMPTS[:2], [None, (128, 256), (256, 128)])
+    assert (made["rows"], made["cols"]) == (6, 2)
+    cells = iter(made["images"])
+    for (suffix, (width, height)), index, step in itertools.product(SUFFIXES.items(), (0, 1), (0, 2)):
+        cell = np.asarray(next(cells)).astype(int)
+        with Image.open(tmp_path / "samples" / f"step-{step:07d}-prompt-{index}{suffix}.png") as image:
+            scaled = image.resize([192 * side // max(width, height) for side in (width, height)])
+        left, top = (192 - scaled.width) // 2, (192 - scaled.height) // 2
+        inside = cell[top : top + scaled.height, left : left + scaled.width]
+        assert np.array_equal(inside, np.asarray(scaled))
+        assert cell.sum() == inside.sum() + 255 * 3 * (192 * 192 - scaled.width * scaled.height)
+
+
+def test_a_size_that_the_decoder_does_not_support_becomes_the_nearest(train, small):
+    run = train(train_data_dir=small, **SIZED | {"validation_size": [150, 230], "max_train_steps": 1})
+    assert run.returncode == 0, run
+    assert run.output.count("--validation_size: the decoder makes (128, 256) of (150, 230)") == 1
+    with Image.open(run.folder / "samples" / "step-0000000-prompt-1-150x230.png") as image:
+        assert image.size == (128, 256)
+
+
+@pytest.mark.parametrize(
+    ("size", "latents"), [((1024, 1536), (24, 36)), ((1536, 1024), (36, 24)), ((1024, 1024), (24, 24))]
+)
+def test_the_guides_sizes_are_possible_with_the_published_decoder(published_decoder, size, latents):
+    sides = [script.decoder_image_size(published_decoder, pixels * 32 / 42.67) for pixels in size]
+    assert tuple(sides) == size
+    assert tuple(math.ceil(side / 42.67) for side in sides) == latents, (
+        "as the prior's pipeline computes them"
+    )
 
 
 # ------------------------------------------------------------------------------------ when validation happens

@@ -34,7 +34,7 @@ def load_pixels(resolution):
     """The bundled images in the order of their rows, (64, 3, resolution, resolution) uint8."""
     rows = [json.loads(line) for line in (PICTURES / "metadata.jsonl").read_text().splitlines()]
     paths = [{"path": str(PICTURES / row["file_name"]), "bytes": None} for row in rows]
-    image_transforms = script.make_image_transforms(resolution)
+    image_transforms = script.make_image_transforms((resolution, resolution))
     return torch.stack([image_transforms(script.load_image(path, [PICTURES])) for path in paths])
 
 

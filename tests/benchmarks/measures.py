@@ -169,12 +169,12 @@ def set_up(argv: list[str]) -> SimpleNamespace:
     args = script.parse_args(argv)
     accelerator = script.setup_accelerator(args)
     device = accelerator.device
-    rows = script.load_train_dataset(args)
+    rows = script.choose_sizes(script.load_train_dataset(args), args, rows_hash="")
     tokenizer = script.load_tokenizer(args)
     text_encoder, image_encoder = script.load_encoders(args, script.frozen_dtype(accelerator), device)
     preprocess = script.make_preprocess(args, tokenizer, empty_embeds=None, train=True)
     samples = script.SampleDataset(rows, preprocess, args.seed, skip_bad_rows=False)
-    batch = script.collate_fn([samples[position] for position in range(args.train_batch_size)])
+    batch = script.collate_fn([samples[row, row] for row in range(args.train_batch_size)])
     (batch,) = script.iterate_batches([batch], device, skipped_rows=set(), signals=[])
     return SimpleNamespace(
         args=args,
@@ -194,20 +194,22 @@ def encode(run: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
     return script.encode_batch(run.batch, run.text_encoder, run.image_encoder)
 
 
-def cache(run: SimpleNamespace, rows: datasets.Dataset) -> datasets.Dataset:
+def cache(run: SimpleNamespace, rows: script.SizedRows) -> script.SizedRows:
     """The rows as --cache_latents has them."""
     return script.cache_latents(
         run.accelerator, rows, run.args, run.tokenizer, run.text_encoder, run.image_encoder
     )
 
 
-def repeat_rows(rows: datasets.Dataset, num_rows: int) -> datasets.Dataset:
+def repeat_rows(rows: script.SizedRows, num_rows: int) -> script.SizedRows:
     """The same files again and again, up to a number of rows."""
-    return datasets.concatenate_datasets([rows] * math.ceil(num_rows / len(rows))).select(range(num_rows))
+    repeats = math.ceil(num_rows / len(rows))
+    repeated = datasets.concatenate_datasets([rows.rows] * repeats)
+    return script.SizedRows(repeated, rows.sizes, np.tile(rows.buckets, repeats)).select(range(num_rows))
 
 
 def read_batches(
-    run: SimpleNamespace, rows: datasets.Dataset, preprocess: Callable, size, workers: int
+    run: SimpleNamespace, rows: script.SizedRows, preprocess: Callable, size, workers: int
 ) -> list[float]:
     """ms to read the very first micro-batch, and then each of the timed ones, with the script's data
     loader."""
@@ -220,7 +222,7 @@ def read_batches(
         train_batch_size=args.train_batch_size,
         gradient_accumulation_steps=1,
     )
-    batches = plan.train_batches(0, 0, sum(size.batches))
+    batches = script.SampleOrder(rows, plan).train_batches(0, 0, sum(size.batches))
     dataloader = script.make_dataloader(rows, preprocess, batches, args, run.accelerator.device)
     dataloader.timeout = 0  # of `iterate_batches`, which also copies to the device
     ends = [time.perf_counter()]
@@ -277,7 +279,6 @@ def time_growth(size, argv: list[str], started: float) -> dict:
     (empty_embeds,) = script.embed_prompts([""], run.tokenizer, run.text_encoder)
     preprocess = partial(
         script.preprocess_cached,
-        resolution=run.args.resolution,
         empty_embeds=empty_embeds[0].cpu(),
         caption_dropout=run.args.caption_dropout,
     )

@@ -775,16 +775,19 @@ class SizedRows:
     """Rows and the size to which each one's image is resized and cropped. Those of one size are a bucket, and
     a micro-batch is of one bucket. Without --aspect_ratio_buckets there is one."""
 
-    rows: datasets.Dataset
+    dataset: datasets.Dataset
     sizes: list[tuple[int, int]]  # height and width in pixels
     buckets: np.ndarray  # (num_rows,): the index of each row's size
 
     def __len__(self) -> int:
         return len(self.buckets)
 
-    def select(self, indices: Sequence[int]) -> "SizedRows":
-        rows = self.rows.select(indices, keep_in_memory=True)
-        return SizedRows(rows, self.sizes, self.buckets[np.asarray(indices)])
+    def __getitem__(self, row: int) -> dict:
+        return self.dataset[row]
+
+    def select(self, rows: Sequence[int]) -> "SizedRows":
+        dataset = self.dataset.select(rows, keep_in_memory=True)
+        return SizedRows(dataset, self.sizes, self.buckets[np.asarray(rows)])
 
     def size(self, row: int) -> tuple[int, int]:
         return self.sizes[self.buckets[row]]
@@ -993,7 +996,7 @@ class SampleDataset(Dataset):
         with seeded_generators(derive_seed(self.seed, "sample", position)):
             for _ in range(MAX_BAD_ROWS):
                 try:
-                    tensors = self.preprocess(self.rows.rows[row], self.rows.size(row))
+                    tensors = self.preprocess(self.rows[row], self.rows.size(row))
                     return {"position": position, "row": row, "bad_rows": bad_rows} | tensors
                 except ValueError as error:  # from `load_image` or `list_captions`
                     bad_rows[row] = f"row {row} of the {len(self.rows)} used: {error}"
@@ -2394,7 +2397,7 @@ def cache_key(rows: SizedRows, args: argparse.Namespace, tokenizer, text_encoder
     sizes = (rows.sizes, rows.buckets.tobytes())
     settings = (args.image_column, args.caption_column, sizes, str(text_encoder.dtype))
     models = (tokenizer.backend_tokenizer.to_str(), hash_model(text_encoder), hash_model(image_encoder))
-    fingerprints = (rows.rows._fingerprint, hash_rows(rows.rows, args))
+    fingerprints = (rows.dataset._fingerprint, hash_rows(rows.dataset, args))
     return Hasher.hash((fingerprints, settings, models, sources))
 
 
@@ -2410,7 +2413,7 @@ class RowDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         try:
-            row = self.rows.rows[index]
+            row = self.rows[index]
             captions = list_captions(row, self.args)
             image = load_image(row[self.args.image_column], image_folders(self.args))
             pixels = make_image_transforms(self.rows.size(index))(image)
@@ -2488,20 +2491,20 @@ def load_shard(file: Path, rows: RowDataset) -> datasets.Dataset | None:
 
 def cache_latents(
     accelerator: Accelerator,
-    dataset: SizedRows,
+    rows: SizedRows,
     args: argparse.Namespace,
     tokenizer,
     text_encoder,
     image_encoder,
 ) -> SizedRows:
-    """The data set as the encoders' outputs: computed once, kept on disk by `cache_key`, and memory-mapped.
+    """The rows as the encoders' outputs: computed once, kept on disk by `cache_key`, and memory-mapped.
 
     The ranks share the shards. An interrupted pass continues at the next shard, with any number of ranks.
     """
-    key = cache_key(dataset, args, tokenizer, text_encoder, image_encoder)
+    key = cache_key(rows, args, tokenizer, text_encoder, image_encoder)
     folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_latents", key)
-    size = max(CACHE_SHARD_SIZE, math.ceil(len(dataset) / MAX_CACHE_SHARDS))
-    shards = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+    size = max(CACHE_SHARD_SIZE, math.ceil(len(rows) / MAX_CACHE_SHARDS))
+    shards = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
     own_shards = shards[accelerator.process_index :: accelerator.num_processes]
     total, is_main_process = sum(map(len, own_shards)), accelerator.is_main_process
     progress = tqdm(total=total, desc="Encoding", unit="row", disable=not is_main_process)
@@ -2509,18 +2512,18 @@ def cache_latents(
 
     def load_or_encode(shard: range) -> datasets.Dataset:
         file = folder / f"{shard.start:09d}-{shard.stop:09d}.arrow"
-        rows = RowDataset(dataset.select(shard), args)
+        shard_rows = RowDataset(rows.select(shard), args)
         with filelock.FileLock(f"{file}.lock"):  # another run may be encoding it
-            if load_shard(file, rows) is None:
+            if load_shard(file, shard_rows) is None:
                 dataloader = DataLoader(
-                    rows,
+                    shard_rows,
                     batch_size=CACHE_BATCH_SIZE,
                     collate_fn=collate_rows,
                     num_workers=args.dataloader_num_workers,
                     worker_init_fn=ignore_signals,
                 )
                 write_shard(file, encode_rows(dataloader, shard.start, args, *encoders, progress))
-            return load_shard(file, rows)
+            return load_shard(file, shard_rows)
 
     location = f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"
     worker_errors = explain_worker_errors(args.dataloader_num_workers)
@@ -2533,7 +2536,7 @@ def cache_latents(
             progress.update(num_done - progress.n)  # by the rows of a shard that existed already
         accelerator.wait_for_everyone()
         encoded = datasets.concatenate_datasets([load_or_encode(shard) for shard in shards])
-    return replace(dataset, rows=encoded)
+    return replace(rows, dataset=encoded)
 
 
 def preprocess_cached(

@@ -137,7 +137,7 @@ def test_pixels_are_those_of_torchvision(shapes):
     """Resized whole by torchvision's Resize, and center-cropped."""
     rows = load_rows(parse_args(shapes))
     for row in range(0, 36, 5):
-        image = script.load_image(rows.rows[row]["image"], [shapes])
+        image = script.load_image(rows[row]["image"], [shapes])
         height, width = rows.size(row)
         scale = max(height / image.height, width / image.width)
         resized = (max(height, int(image.height * scale + 1e-6)), max(width, int(image.width * scale + 1e-6)))
@@ -335,7 +335,7 @@ def test_a_run_trains_and_validates_on_all_sizes(train_shapes, shapes):
         height, width = rows.size(row)
         assert step["pixels"].shape == (2, 3, height, width)
         assert step["noise"].shape == step["pred"].shape == (2, 16, height // 32, width // 32)
-        image = script.load_image(rows.rows[int(row)]["image"], [shapes])
+        image = script.load_image(rows[int(row)]["image"], [shapes])
         expected = script.normalize_pixels(script.make_image_transforms((height, width))(image)[None])
         assert torch.equal(step["pixels"][:1], expected)
         pixels.append((height, width))

@@ -917,7 +917,7 @@ ONE_RANK = SimpleNamespace(
 def cache_rows(rows, folder, accelerator=ONE_RANK):
     args = script.parse_args([f"--train_data_dir={folder}", f"--cache_dir={folder}", "--resolution=64"])
     rows = script.choose_sizes(rows, args, rows_hash="")
-    return script.cache_latents(accelerator, rows, args, None, None, None).rows
+    return script.cache_latents(accelerator, rows, args, None, None, None).dataset
 
 
 @pytest.fixture
@@ -1031,7 +1031,7 @@ def test_all_rows_are_in_few_shards_that_the_ranks_share(tmp_path, monkeypatch, 
             return shard
 
     monkeypatch.setattr(script, "cache_key", lambda *_: "key")
-    monkeypatch.setattr(script, "RowDataset", lambda rows, args: rows.rows)
+    monkeypatch.setattr(script, "RowDataset", lambda rows, args: rows.dataset)
     monkeypatch.setattr(script, "DataLoader", lambda rows, **_: rows)
     monkeypatch.setattr(script, "encode_rows", lambda rows, first_row, *_: (rows, first_row))
     monkeypatch.setattr(script, "load_shard", lambda file, rows: rows if (rows, rows.start) in made else None)

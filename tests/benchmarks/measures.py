@@ -204,7 +204,7 @@ def cache(run: SimpleNamespace, rows: script.SizedRows) -> script.SizedRows:
 def repeat_rows(rows: script.SizedRows, num_rows: int) -> script.SizedRows:
     """The same files again and again, up to a number of rows."""
     repeats = math.ceil(num_rows / len(rows))
-    repeated = datasets.concatenate_datasets([rows.rows] * repeats)
+    repeated = datasets.concatenate_datasets([rows.dataset] * repeats)
     return script.SizedRows(repeated, rows.sizes, np.tile(rows.buckets, repeats)).select(range(num_rows))
 
 

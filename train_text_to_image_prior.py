@@ -2081,7 +2081,8 @@ def save_contact_sheet(
     axes = figure.subplots()
     axes.imshow(sheet)
     axes.set_xticks(cell * (np.arange(len(steps)) + 0.5), labels=[f"step {step}" for step in steps])
-    labels = ["\n".join(filter(None, (textwrap.fill(prompt, 24), size))) for prompt, size in rows]
+    wrapped = [textwrap.fill(prompt, 24, max_lines=9, placeholder=" ...") for prompt, _ in rows]
+    labels = [f"{prompt}\n{size}".strip() for prompt, (_, size) in zip(wrapped, rows, strict=True)]
     axes.set_yticks(cell * (np.arange(len(rows)) + 0.5), labels=labels, parse_math=False)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
@@ -2105,7 +2106,8 @@ def save_loss_curve(output_dir: Path):
         axes.set(xlabel="step", ylabel="loss")
         if train:
             steps, losses = zip(*train, strict=True)
-            axes.plot(steps, losses, color="lightgray", label="training loss")
+            marker = "o" if len(steps) == 1 else None  # a line of one point is invisible
+            axes.plot(steps, losses, color="lightgray", marker=marker, label="training loss")
             axes.plot(steps, means, color="tab:blue", label="training loss, running mean")
         if held_out:
             axes.plot(*zip(*held_out, strict=True), color="tab:red", marker="o", label="held-out loss")

@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -49,6 +50,7 @@ import torch  # noqa: E402
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from diffusers import DDPMWuerstchenScheduler  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
@@ -412,6 +414,27 @@ def assert_continues_as(again, run, update, last):
         assert again.logged(tag) == expected, tag
     for picture in (again.folder / "samples").glob("step-*.png"):
         assert picture.read_bytes() == (run.folder / "samples" / picture.name).read_bytes(), picture.name
+
+
+def read_curve(folder, column):
+    """A column of loss.jsonl, {step: number}. No step may come twice."""
+    rows = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    numbers = [(row["step"], row[column]) for row in rows if column in row]
+    assert [step for step, _ in numbers] == sorted({step for step, _ in numbers}), column
+    return dict(numbers)
+
+
+def read_samples(folder):
+    """The validation images in samples/, {(step, index of the prompt): pixels}."""
+    pattern = re.compile(r"step-(\d{7})-prompt-(\d+)\.png")
+    found = {path: pattern.fullmatch(path.name) for path in sorted((folder / "samples").iterdir())}
+    assert [path.name for path, match in found.items() if not match] in ([], ["contact-sheet.png"])
+    return {(int(m[1]), int(m[2])): np.asarray(Image.open(path)) for path, m in found.items() if m}
+
+
+def equal_images(left, right):
+    """Whether two dicts hold the same images."""
+    return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)
 
 
 class Samples:

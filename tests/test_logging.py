@@ -25,7 +25,7 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import LoggerType
-from conftest import tiny_args
+from conftest import equal_images, read_curve, read_samples, tiny_args
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
@@ -119,27 +119,6 @@ def kill_in_validation(step):
         log_validation(self, global_step)
 
     script.Validator.log_validation = killing
-
-
-def read_curve(folder, column):
-    """A column of loss.jsonl, {step: number}. No step may come twice."""
-    rows = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
-    numbers = [(row["step"], row[column]) for row in rows if column in row]
-    assert [step for step, _ in numbers] == sorted({step for step, _ in numbers}), column
-    return dict(numbers)
-
-
-def read_samples(folder):
-    """The validation images in samples/, {(step, index of the prompt): pixels}."""
-    pattern = re.compile(r"step-(\d{7})-prompt-(\d+)\.png")
-    found = {path: pattern.fullmatch(path.name) for path in sorted((folder / "samples").iterdir())}
-    assert [path.name for path, match in found.items() if not match] in ([], ["contact-sheet.png"])
-    return {(int(m[1]), int(m[2])): np.asarray(Image.open(path)) for path, m in found.items() if m}
-
-
-def equal_images(left, right):
-    """Whether two dicts hold the same images."""
-    return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)
 
 
 def read_tensorboard(folder):
@@ -649,8 +628,9 @@ def test_the_contact_sheet_shows_any_prompt_literally_and_without_warnings(tmp_p
     texts = {" ".join(text.split()): box for text, box in text_boxes(figures[0])}
     assert texts.keys() >= {"an owl", "step 0", "step 5"}
     labels = texts.keys() - {"an owl", "step 0", "step 5"}
-    assert "".join(labels).replace(" ", "")[:200] == "".join(prompt.split())[:200]
-    if not prompt or len(prompt) >= 200:
+    shown, whole = "".join(labels).replace(" ", ""), "".join(prompt.split())
+    assert shown == whole or (whole.startswith(shown.removesuffix("...")) and len(shown) > 100)
+    if not prompt:
         return
     (box,) = (texts[label] for label in labels)
     assert cells[0, 0][1] <= box[1] and box[3] <= cells[0, 0][3], "beside its row"
@@ -680,6 +660,17 @@ def log_to(tmp_path):
 def lines_of(axes):
     """The data of a plot's lines by their labels, [(step, loss)]."""
     return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()}
+
+
+def test_the_loss_of_a_single_step_is_visible(tmp_path, log_to, figures):
+    log_to({"train_loss": 0.5}, 1)
+    script.save_loss_curve(tmp_path)
+    (axes,) = figures[-1].axes
+    markers = {line.get_label(): line.get_marker() for line in axes.get_lines()}
+    assert markers["training loss"] == "o"
+    log_to({"train_loss": 0.4}, 2)
+    script.save_loss_curve(tmp_path)
+    assert figures[-1].axes[0].get_lines()[0].get_marker() == "None"
 
 
 def is_near(pixels, axes, point, colour):

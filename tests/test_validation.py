@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import PartialState
-from conftest import same_weights, tiny_args
+from conftest import equal_images, read_curve, read_samples, same_weights, tiny_args
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file
@@ -173,27 +172,6 @@ def split_like_old_accelerate():
             yield own_inputs or inputs[-1:]
 
     PartialState.split_between_processes = split_between_processes
-
-
-def read_curve(folder, column):
-    """A column of loss.jsonl, {step: number}. No step may come twice."""
-    rows = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
-    numbers = [(row["step"], row[column]) for row in rows if column in row]
-    assert [step for step, _ in numbers] == sorted({step for step, _ in numbers}), column
-    return dict(numbers)
-
-
-def read_samples(folder):
-    """The validation images in samples/, {(step, index of the prompt): pixels}."""
-    pattern = re.compile(r"step-(\d{7})-prompt-(\d+)\.png")
-    found = {path: pattern.fullmatch(path.name) for path in sorted((folder / "samples").iterdir())}
-    assert [path.name for path, match in found.items() if not match] in ([], ["contact-sheet.png"])
-    return {(int(m[1]), int(m[2])): np.asarray(Image.open(path)) for path, m in found.items() if m}
-
-
-def equal_images(left, right):
-    """Whether two dicts hold the same images."""
-    return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)
 
 
 # ------------------------------------------------------------------------------------------ the held-out loss

@@ -36,6 +36,7 @@ the values of the latents.
 import argparse
 import atexit
 import contextlib
+import csv
 import difflib
 import functools
 import glob
@@ -57,7 +58,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -70,6 +71,7 @@ import huggingface_hub as hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
@@ -83,7 +85,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -111,10 +113,12 @@ RESOLUTION_MULTIPLE = 42.67  # generated pixels per latent: WuerstchenPriorPipel
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GUIDANCE_SCALE = 4.0  # of validation images: the guide's `prior_guidance_scale`
 NUM_LOSS_BANDS = 4  # equal parts of [0, 1), the timesteps, for which the held-out loss is reported
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+# Those of some formats that are not opened, too: an image with a caption is read or is an error.
+IMAGE_SUFFIXES = frozenset(Image.registered_extensions()) | {".avif", ".heic", ".heif", ".jxl"}
 # Formats that are opened, whatever a file's name says. (Others run programs: EPS starts Ghostscript.)
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"]
 IMAGE_FORMATS = [name for name in IMAGE_FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # an editor's history can be longer than 1 MB
 MAX_IMAGE_PIXELS = 10**8  # a small file can hold an image that fills the memory
 # Of --aspect_ratio_buckets, long to short side: those of common cameras and screens.
 ASPECT_RATIOS = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)
@@ -495,10 +499,19 @@ def exit_on_signals(received: list[int]):
 
 
 # ------------------------------------------------------------------------------------------------------- data
+SPLITS = ("train", "validation", "test")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# Data files and the builders of `datasets` for them. The first kind that is there is read: beside each tar
+# img2dataset writes a Parquet file without images.
+BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
+CAPTION_COLUMNS = ("text", "txt", "caption", "captions", "prompt")  # suggested for --caption_column
+# For a table with paths of images. The README has the lines that embed them.
+OUTSIDE = "lies outside the data set's folder: move it there, or embed the images (README, Your own data)"
 # For a folder of images without captions.
 CAPTIONS_ADVICE = """Write the captions to metadata.jsonl in that folder, a line for each image:
 {"file_name": "cat.jpg", "text": "a cat on a sofa"}
-{"file_name": "more/dog.png", "text": "a dog in the snow"}"""
+{"file_name": "more/dog.png", "text": "a dog in the snow"}
+or each to a text file beside its image: cat.txt, more/dog.txt"""
 
 
 def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
@@ -509,23 +522,11 @@ def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
     elif args.train_data_dir is not None:
         logger.warning(f"--train_data_dir={args.train_data_dir} is ignored, since --dataset_name is given")
     with explain_errors(flag, source):
-        is_local = args.dataset_name is None
-        splits = load_splits(source, args.dataset_config_name, args.cache_dir, is_local)
+        splits = load_splits(source, args)
         if not len(splits.get("train", ())):
             raise ValueError(f"there are no rows in a split named train, only {', '.join(splits)}")
         dataset = splits["train"]
-    columns = {"--image_column": args.image_column, "--caption_column": args.caption_column}
-    for flag, column in columns.items():
-        if column not in dataset.column_names:
-            names = ", ".join(dataset.column_names)
-            advice = f"\n{CAPTIONS_ADVICE}" if dataset.column_names in (["image"], ["image", "label"]) else ""
-            raise SystemExit(f"{flag}={column}: there is no such column, only {names}{advice}")
-    feature = dataset.features[args.image_column]
-    is_struct = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
-    is_binary = isinstance(feature, datasets.Value) and "binary" in feature.dtype
-    if not (is_struct or is_binary or isinstance(feature, datasets.Image)):
-        reason = f"the column holds {feature}, not images: cast it to Image"
-        raise SystemExit(f"--image_column={args.image_column}: {reason}")
+    check_columns(dataset.features, args)
     dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
     dataset = dataset.select_columns([args.image_column, args.caption_column])
     if args.max_train_samples is not None:
@@ -536,12 +537,40 @@ def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
     return dataset
 
 
-def load_splits(source: str, config_name: str | None, cache_dir: str | None, is_local: bool) -> dict:
-    """Loads all splits of a data set on the Hub or, if `is_local`, in a folder. Add data layouts here.
+def holds_images(feature) -> bool:
+    """Whether a column holds encoded images: `datasets.Image`, structs of bytes and path, or bytes."""
+    is_struct = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+    is_binary = isinstance(feature, datasets.Value) and "binary" in feature.dtype
+    return is_struct or is_binary or isinstance(feature, datasets.Image)
 
-    Any other folder with a README.md is a copy of a Hub repo, which the README may configure.
+
+def check_columns(features: datasets.Features, args: argparse.Namespace):
+    """Ends the run if there are no such columns, and suggests others, or if the first holds no images."""
+    names = list(features)
+    columns = {"--image_column": args.image_column, "--caption_column": args.caption_column}
+    candidates = {
+        "--image_column": [name for name, feature in features.items() if holds_images(feature)],
+        "--caption_column": [name for name in CAPTION_COLUMNS if name in names],
+    }
+    missing = [flag for flag, column in columns.items() if column not in names]
+    if missing:
+        flags = [shlex.quote(f"{flag}={candidates[flag][0]}") for flag in missing if candidates[flag]]
+        advice = f"; use {' '.join(flags)}" if flags else ""
+        if names in (["image"], ["image", "label"]):
+            advice = f"\n{CAPTIONS_ADVICE}"
+        reason = f"there is no such column, only {printable(', '.join(names))}{advice}"
+        raise SystemExit(f"{missing[0]}={columns[missing[0]]}: {reason}")
+    if not holds_images(features[args.image_column]):
+        reason = f"the column holds {features[args.image_column]}, not images: cast it to Image"
+        raise SystemExit(f"--image_column={args.image_column}: {reason}")
+
+
+def load_splits(source: str, args: argparse.Namespace) -> dict:
+    """Loads the splits of a data set on the Hub or in a folder. Add data layouts here.
+
+    A folder with a README.md that is given as --dataset_name is a copy of a Hub repo, which it may configure.
     """
-    folder = Path(source)
+    folder, is_local = Path(source), args.dataset_name is None
     if is_local and not folder.is_dir():
         raise ValueError("there is no such folder")
     if (folder / "dataset_dict.json").is_file():
@@ -549,45 +578,237 @@ def load_splits(source: str, config_name: str | None, cache_dir: str | None, is_
     if (folder / "state.json").is_file():
         return {"train": datasets.load_from_disk(folder)}
     if not folder.is_dir() or (not is_local and (folder / "README.md").is_file()):
-        return datasets.load_dataset(source, config_name, cache_dir=cache_dir)
-    suffixes = {path.suffix.lower() for path in folder.rglob("*")}
-    root = glob.escape(str(folder.resolve()))  # `datasets` would take [brackets] in the name for a pattern
-    for builder in ("parquet", "arrow"):
-        if f".{builder}" in suffixes:
-            return datasets.load_dataset(builder, data_dir=root, cache_dir=cache_dir)
-    if not suffixes & IMAGE_SUFFIXES:
-        raise ValueError("there are no images, Parquet or Arrow files in it")
-    # The splits are given explicitly, since `datasets` would take an image named test.jpg for a split.
-    names = [name for name in ("train", "validation", "test") if (folder / name).is_dir()]
-    data_files = {name: f"{root}/{name}/**" for name in names} or {"train": f"{root}/**"}
-    splits = datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir)
-    report_unused_images(folder, splits)
-    if len(list(folder.rglob("metadata.*"))) > 1:  # read in an order that changes from run to run
-        splits = {name: sort_by_path(split) for name, split in splits.items()}
-    return splits
+        return datasets.load_dataset(source, args.dataset_config_name, cache_dir=args.cache_dir)
+    root = str(folder.resolve())
+    files = list_files(root)
+    rows = read_captioned_images(root, files, args.caption_column)
+    if rows:
+        return {"train": make_image_dataset(rows)}
+    for suffix in BUILDERS:
+        if any(has_suffix(file, [suffix]) for file in files):
+            return {"train": load_data_files(root, files, suffix, args)}
+    images = [file for file in files if has_suffix(file, IMAGE_SUFFIXES)]
+    if not images:
+        raise ValueError("there are no images, WebDataset (.tar), Parquet or Arrow files in it")
+    return {"train": make_image_dataset([{"image": image} for image in images])}  # lacks captions
 
 
-def image_paths(dataset: datasets.Dataset) -> list[str]:
-    """The image files of an imagefolder's rows."""
-    return [image["path"] for image in dataset.cast_column("image", datasets.Image(decode=False))["image"]]
+def list_files(root: str) -> list[str]:
+    """All files in a folder, sorted, but for hidden ones. Links are followed; each folder is read once."""
+
+    def fail(error: OSError):
+        raise error
+
+    hidden = (".", "__")
+    files, visited = [], set()
+    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(hidden))
+        files += [os.path.join(folder, name) for name in names if not name.startswith(hidden)]
+    return sorted(files)
 
 
-def sort_by_path(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Sorts rows by the names of their image files."""
-    return dataset.select(np.argsort(image_paths(dataset), kind="stable"), keep_in_memory=True)
+def has_suffix(file: str, suffixes: Collection[str]) -> bool:
+    """Whether a file's suffix, such as ".jpg", is one of these, in either case."""
+    return os.path.splitext(file)[1].lower() in suffixes
 
 
-def report_unused_images(folder: Path, splits: dict):
-    """Logs how many images in a folder the metadata does not name."""
-    used = {path for split in splits.values() for path in image_paths(split)}
-    folder = folder.resolve()
-    files = [file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
-    hidden = (".", "__")  # `datasets` ignores them
-    files = [file for file in files if not any(p.startswith(hidden) for p in file.relative_to(folder).parts)]
-    unused = sorted({str(file) for file in files} - used)
-    if unused:
-        message = f"{len(unused)} of {len(files)} images in {folder} are not used: its metadata does not name"
-        logger.warning(f"{message} {printable(unused[0], 200)}{' and others' if unused[1:] else ''}")
+def find_split(file: str, root: str) -> str | None:
+    """The split of a file in the folder `root`: an image's by its top-level folder, a data file's by any
+    folder or its name, which `datasets` writes as test-00000-of-00001.parquet."""
+    *names, name = file[len(root) :].strip(os.sep).split(os.sep)
+    if has_suffix(name, BUILDERS):
+        names.append(re.sub(r"-\d{5}-of-\d{5}.*", "", os.path.splitext(name)[0]))
+    else:
+        names = names[:1]
+    return next((name for name in names if name in SPLITS), None)
+
+
+def select_train_files(files: list[str], root: str) -> list[str]:
+    """The files in the split train or, if there are none, those in no split."""
+    splits = [find_split(file, root) for file in files]
+    wanted = "train" if "train" in splits else None
+    if files and wanted not in splits:
+        raise ValueError(f"there are no rows in a split named train, only {', '.join(sorted(set(splits)))}")
+    return [file for file, split in zip(files, splits, strict=True) if split == wanted]
+
+
+def report_files(log: Callable, files: set[str], root: str, reason: str):
+    """Logs a message about files, if there are any, with their number and the first one."""
+    if files:
+        first = printable(os.path.relpath(min(files), root), 200)
+        log(f"{len(files)} {reason}: {first}{' and others' if len(files) > 1 else ''}")
+
+
+def load_data_files(root: str, files: list[str], suffix: str, args: argparse.Namespace) -> datasets.Dataset:
+    """Loads the data files with a suffix, by `datasets`."""
+    used = select_train_files([file for file in files if has_suffix(file, [suffix])], root)
+    for file in used:
+        if "::" in file:
+            raise ValueError(f"`datasets` takes {file} for a URL, because of the '::' in it: rename it")
+    # Each file is given, escaped: `datasets` takes words in names for splits and [brackets] for patterns.
+    data_files = {"train": [glob.escape(file) for file in used]}
+    load = functools.partial(datasets.load_dataset, BUILDERS[suffix], data_files=data_files, split="train")
+    features = load(streaming=True).features  # from the first file, before all are copied to the cache
+    check_columns(features, args)
+    if suffix == ".tar":  # without other files in it, such as .json, whose types may differ
+        columns = (args.image_column, args.caption_column)
+        features = datasets.Features({name: features[name] for name in columns})
+    dataset = load(features=features, cache_dir=args.cache_dir)
+    logger.info(f"Found {len(dataset)} rows in {len(used)} {suffix} files in {root}")
+    others = {file for file in files if has_suffix(file, BUILDERS)} - set(used)
+    report_files(logger.info, others, root, f"other data files ({', '.join(BUILDERS)}) there are not used")
+    return dataset
+
+
+def read_captioned_images(root: str, files: list[str], caption_column: str) -> list[dict]:
+    """The rows of a folder's metadata files, and those of images that none of them names but that have a .txt
+    file: the image's path, "image", and other columns.
+
+    The builder "imagefolder" of `datasets` reads no .txt files, takes the caption "NA" for a missing one and
+    "a::b.jpg" for a URL, and reads several metadata files in an order that changes.
+    """
+    images = [file for file in files if has_suffix(file, IMAGE_SUFFIXES)]
+    train_images = select_train_files(images, root)
+    if not train_images:
+        return []
+    train_split = find_split(train_images[0], root)
+    metadata_files = [file for file in files if os.path.basename(file) in METADATA_FILES]
+    all_rows = read_metadata_files(metadata_files)
+    rows = [row for row in all_rows if find_split(row["image"], root) == train_split]
+    named = {row["image"] for row in rows}
+    unnamed = [image for image in train_images if image not in named]
+    text_rows = read_text_files(root, files, unnamed, caption_column)
+    if not rows and not text_rows:
+        return []
+
+    source = f"{len(metadata_files)} metadata files"
+    if len(metadata_files) == 1:
+        source = printable(os.path.relpath(metadata_files[0], root))
+    counts = ((len(rows), source), (len(text_rows), ".txt files"))
+    found = ", ".join(f"{number} captions in {place}" for number, place in counts if number)
+    logger.info(f"Found {len(train_images)} images in {root}: {found}")
+    uncaptioned = set(train_images) - named - {row["image"] for row in text_rows}
+    reason = "are not used: neither a metadata file nor a .txt file captions"
+    report_files(logger.warning, uncaptioned, root, f"of {len(train_images)} images in {root} {reason}")
+    others = (set(images) | {row["image"] for row in all_rows}) - set(train_images) - named
+    report_files(logger.info, others, root, "images are not in the split train and are not used")
+    data_files = {file for file in files if has_suffix(file, BUILDERS)} - set(metadata_files)
+    report_files(logger.info, data_files, root, "data files there are not used, since captioned images are")
+    folders = {os.path.basename(os.path.dirname(row["image"])) for row in rows + text_rows}
+    if all(re.match(r"\d+_", folder) for folder in folders):
+        name = printable(min(folders), 200)
+        logger.info(f"Numbers in folders' names, as in {name}, are not read as repeats of their images")
+    return rows + text_rows
+
+
+def read_metadata_files(files: list[str]) -> list[dict]:
+    """The rows of metadata files: those of one in its order, those of several by their images' paths."""
+    rows, named_in = [], {}
+    for file in files:
+        for row in read_metadata(file):
+            other = named_in.setdefault(row["image"], file)
+            if other != file:
+                raise ValueError(f"{other} and {file} both name {row['image']}; remove it from one of them")
+            rows.append(row)
+    return sorted(rows, key=lambda row: row["image"]) if len(files) > 1 else rows
+
+
+def read_metadata(file: str) -> list[dict]:
+    """The rows of a metadata file, with the image's path, "image", for "file_name". CSV is text as written.
+
+    Raises:
+        ValueError: with the file and the line, if a row cannot be read.
+    """
+    rows, line = [], 1
+    try:
+        with open(file, "rb") as source:
+            if file.endswith(".parquet"):
+                numbered_rows = enumerate(pq.read_table(source).to_pylist(), 1)
+            elif file.endswith(".csv"):
+                reader = csv.DictReader((text.decode("utf-8-sig") for text in source), strict=True)
+                numbered_rows = ((reader.line_num, row) for row in reader)
+                line = 2
+            else:
+                numbered_rows = enumerate((json.loads(text.strip() or "null") for text in source), 1)
+            for last_line, row in numbered_rows:
+                if row is not None:  # a blank line
+                    rows.append(resolve_file_name(row, file))
+                line = last_line + 1
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{file}, line {line}: {getattr(error, 'msg', error)}") from None
+    return rows
+
+
+def resolve_file_name(row: dict, metadata_file: str) -> dict:
+    """A row of a metadata file with the path "image" for "file_name", which is relative to the file."""
+    name = row.pop("file_name", None) if isinstance(row, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError("it has no file_name")
+    if None in row:
+        raise ValueError("it has more values than the header: a caption with commas needs quotes")
+    folder = os.path.dirname(metadata_file)
+    path = os.path.normpath(os.path.join(folder, name))
+    if "\\" in name and not os.path.exists(path):  # written on Windows
+        path = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))
+    return row | {"image": path}
+
+
+def read_text_files(root: str, files: list[str], images: list[str], caption_column: str) -> list[dict]:
+    """The rows of images with a .txt file of the same name beside them. Its text is the caption, on one line,
+    which is None if it is empty or not UTF-8."""
+    text_files = {os.path.splitext(file)[0]: file for file in files if has_suffix(file, [".txt"])}
+    rows, unusable = [], set()
+    for image in images:
+        file = text_files.get(os.path.splitext(image)[0])
+        if file is None:
+            continue
+        caption = ""
+        with contextlib.suppress(UnicodeDecodeError), open(file, encoding="utf-8-sig") as source:
+            caption = source.read().strip().replace("\n", " ")
+        if not caption:
+            unusable.add(file)
+        rows.append({"image": image, caption_column: caption or None})
+    report_files(logger.warning, unusable, root, f"of {len(rows)} .txt files are empty or not UTF-8")
+    return rows
+
+
+def make_image_dataset(rows: list[dict]) -> datasets.Dataset:
+    """A data set in memory, from rows of "image", an image file's path, and other columns. Its fingerprint
+    follows from them and the files' times: --cache_latents encodes them anew after a change."""
+    images = [{"bytes": None, "path": row["image"]} for row in rows]
+    names = dict.fromkeys(name for row in rows for name in row if name != "image")
+    try:
+        columns = {"image": pa.array(images, datasets.Image.pa_type)}
+        columns |= {name: make_column([row.get(name) for row in rows]) for name in names}
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a file's name or a caption is not UTF-8: {printable(error.object)}") from None
+    table = pa.table(columns)
+    features = datasets.Features.from_arrow_schema(table.schema)
+    features["image"] = datasets.Image(decode=False)
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        modified = os.path.getmtime(row["image"]) if os.path.exists(row["image"]) else None
+        digest.update(repr((row, modified)).encode())
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(table),
+        info=datasets.DatasetInfo(features=features),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def make_column(values: list) -> pa.Array:
+    """A column of metadata. Where types differ, it has lists of strings, as captions may be, and otherwise
+    None."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        lists = [[value] if isinstance(value, str) else value for value in values]
+        is_text = [isinstance(v, list) and all(isinstance(text, str) for text in v) for v in lists]
+        return pa.array([v if ok else None for v, ok in zip(lists, is_text, strict=True)])
 
 
 def split_held_out(num_rows: int, held_out: float | None, seed: int) -> tuple[np.ndarray | range, np.ndarray]:
@@ -613,35 +834,40 @@ def image_fields(images: pa.ChunkedArray) -> Iterator[tuple[str | None, pa.Buffe
 
 
 def describe_rows(dataset: datasets.Dataset, args: argparse.Namespace) -> Iterator[tuple]:
-    """Yields each row's image path, the image's size in bytes, None if it is missing, and its captions.
-    Images are not read."""
+    """Yields each row's image path, the image's size in bytes, None if it is missing, whether that is of the
+    file at the path and not of embedded bytes, and the captions. Images are not read."""
     for table in dataset.with_format("arrow").iter(batch_size=1000):
         captions = table[args.caption_column].to_pylist()
         for (path, content), caption in zip(image_fields(table[args.image_column]), captions, strict=True):
             size = None if content is None else content.size
-            if size is None and path is not None:
+            is_file = size is None and path is not None
+            if is_file:
                 with contextlib.suppress(OSError):
                     size = os.path.getsize(path)
-            yield path, size, caption
+            yield path, size, is_file, caption
 
 
 def hash_rows(dataset: datasets.Dataset, args: argparse.Namespace) -> str:
     """A hash of all captions and of the names and sizes of all images, in their order."""
     digest = hashlib.blake2b(digest_size=16)
-    for path, size, captions in describe_rows(dataset, args):
+    for path, size, _, captions in describe_rows(dataset, args):
         digest.update(repr((os.path.basename(path or ""), size, captions)).encode())
     return digest.hexdigest()
 
 
 def check_rows(dataset: datasets.Dataset, args: argparse.Namespace, tokenizer: CLIPTokenizerFast):
     """Ends the run if images are missing or captions are no text, unless they may be skipped, and logs how
-    many captions the text encoder will not read to their end. Takes seconds for 100,000 rows."""
+    many captions are empty or too long for the text encoder. Takes seconds for 100,000 rows."""
     errors, texts = [], []
-    for row, (path, size, captions) in enumerate(describe_rows(dataset, args)):
+    is_inside = functools.cache(functools.partial(lies_inside, folders=tuple(image_folders(args))))
+    for row, (path, size, is_file, captions) in enumerate(describe_rows(dataset, args)):
         try:
             texts += list_captions({args.caption_column: captions, args.image_column: {"path": path}}, args)
+            name = printable(path or "no file name", 200)
+            if is_file and not is_inside(os.path.dirname(path)):
+                raise ValueError(f"the image ({name}) {OUTSIDE}")
             if not size:
-                raise ValueError(f"the image ({printable(path or 'no file name', 200)}) is missing or empty")
+                raise ValueError(f"the image ({name}) is missing or empty")
         except ValueError as error:
             errors.append(f"row {row}: {error}")
     if errors:
@@ -649,6 +875,9 @@ def check_rows(dataset: datasets.Dataset, args: argparse.Namespace, tokenizer: C
         if not args.skip_bad_rows:
             raise SystemExit(f"{message}; fix them, or skip such rows with --skip_bad_rows")
         logger.warning(message)
+    num_empty = sum(not text.strip() for text in texts)
+    if num_empty:
+        logger.warning(f"{num_empty} of {len(texts)} captions are empty")
     max_length = tokenizer.model_max_length
     for what, captions in (("captions", texts), ("--validation_prompts", args.validation_prompts or [])):
         lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids] if captions else []
@@ -667,13 +896,18 @@ def image_folders(args: argparse.Namespace) -> list[Path]:
     return [Path(folder) for folder in folders if folder]
 
 
-def find_image_file(path: str, folders: list[Path]) -> Path:
-    """A file of the data set. A path outside its folder, such as /etc/passwd, or a URL is an error."""
+def lies_inside(path: str, folders: Sequence[Path]) -> bool:
+    """Whether a path is in one of these folders. /etc/passwd and URLs are not."""
     file = Path(path)
     roots = [root for folder in folders for root in (folder.absolute(), folder.resolve())]  # of links, both
-    if ".." in file.parts or not any(file.absolute().is_relative_to(root) for root in roots):
-        raise ValueError("it lies outside the data set's folder")
-    return file
+    return ".." not in file.parts and any(file.absolute().is_relative_to(root) for root in roots)
+
+
+def find_image_file(path: str, folders: list[Path]) -> Path:
+    """A file of the data set. A path outside its folder is an error."""
+    if not lies_inside(path, folders):
+        raise ValueError(f"it {OUTSIDE}")
+    return Path(path)
 
 
 @contextlib.contextmanager
@@ -703,6 +937,8 @@ def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_IMAGE_PIXELS:.0e}")
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise ValueError("the range of its pixel values is unknown: save it with 8 or 16 bits")
         image.load()
         with contextlib.suppress(Exception):  # an orientation that cannot be read is upright
             image = ImageOps.exif_transpose(image)

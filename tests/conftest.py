@@ -48,7 +48,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from diffusers import DDPMWuerstchenScheduler  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -61,6 +61,7 @@ from modeling_efficient_net_encoder import EfficientNetEncoder  # noqa: E402
 # Threads do not survive a fork: had torch started its pool here, the first matrix product in a child would
 # wait for it for ever. With one thread it starts none.
 torch.set_num_threads(1)
+PartialState(cpu=True)  # the script's logger asks it for the rank
 
 
 def pytest_unconfigure():

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import tiny_models
 import torch
+from accelerate.state import PartialState
 from PIL import Image, ImageDraw
 from tiny_models import wuerstchen
 
@@ -66,6 +67,7 @@ def load_rows(argv):
     """What the script trains on with these flags, all at the square of --resolution: images, captions, and
     raw latents (N, 16, side, side)."""
     args = script.parse_args(argv)
+    PartialState()  # the script's logger asks it for the rank
     rows = script.load_train_dataset(args)
     images = [script.load_image(row[args.image_column], script.image_folders(args)) for row in rows]
     latents = encode_images(images, (args.resolution, args.resolution), args)

@@ -149,11 +149,12 @@ def test_images_without_captions_are_refused_with_an_example(run_main, models, t
     Image.new("RGB", (64, 64)).save(tmp_path / "data" / "a.png")
     run = run_main(tiny_args(models, tmp_path / "data", tmp_path / "out"))
     assert run.returncode == 1, run
-    *_, reason, advice, first, second = run.output.splitlines()
+    *_, reason, advice, first, second, text_files = run.output.splitlines()
     assert reason == "--caption_column=text: there is no such column, only image"
     assert advice == "Write the captions to metadata.jsonl in that folder, a line for each image:"
     for line in (first, second):
         assert json.loads(line).keys() == {"file_name", "text"}
+    assert ".txt" in text_files
 
 
 def test_image_column_of_strings_is_refused(refused):

@@ -163,7 +163,7 @@ class Saver:
 @pytest.fixture
 def saver():
     yield Saver()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state()
     GradientState._reset_state()
 
 

@@ -413,8 +413,10 @@ def test_several_metadata_files_are_read_in_one_order(tmp_path):
             Image.new("RGB", (8, 8), (index, number, 0)).save(tmp_path / "set" / name / f"{number}.png")
             rows.append(json.dumps({"file_name": f"{number}.png", "text": f"{name}{number}"}))
         (tmp_path / "set" / name / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    splits = script.load_splits(str(tmp_path / "set"), None, str(tmp_path / "cache"), True)
-    assert splits["train"]["text"] == [f"{name}{number}" for name in "abcdefgh" for number in range(2)]
+    args = script.parse_args([f"--train_data_dir={tmp_path / 'set'}", f"--cache_dir={tmp_path / 'cache'}"])
+    assert script.load_train_dataset(args)["text"][:] == [
+        f"{name}{number}" for name in "abcdefgh" for number in range(2)
+    ]
 
 
 def test_changed_settings_are_reported(run_copy, models, pictures, run_main):

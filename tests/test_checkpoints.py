@@ -311,7 +311,11 @@ def test_run_on_a_full_disk_ends_with_an_error(models, pictures, tmp_path, run_m
 def test_full_disk_for_what_is_only_shown_does_not_end_the_run(
     models, pictures, tmp_path, run_main, monkeypatch, unbroken, owner, name, lost
 ):
-    monkeypatch.setattr(owner, name, no_space, raising=False)  # `open` becomes a global of the script
+    def no_space_to_write(file, mode="r", **kwargs):
+        return open(file, mode, **kwargs) if mode.startswith("r") else no_space()
+
+    failing = no_space_to_write if name == "open" else no_space
+    monkeypatch.setattr(owner, name, failing, raising=False)  # `open` becomes a global of the script
     result = run_main(tiny_args(models, pictures, tmp_path / "run", **RUN, **VALIDATION))
     assert result.returncode == 0, result
     for what in lost:

@@ -497,6 +497,7 @@ def test_what_the_cache_does_not_depend_on_encodes_nothing(
     assert "100%" in bars[-1]
 
 
+@pytest.mark.slow
 def test_a_changed_image_or_caption_is_encoded_anew(recorded_train, pictures, tmp_path):
     folder = tmp_path / "images"
     rows = copy_images(pictures, folder, 6)

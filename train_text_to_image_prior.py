@@ -12,9 +12,10 @@ The file reads in the order in which it runs, and `main`, at its end, is the sum
 
     arguments      parse_args, public_args, explain_errors
     setup          setup_accelerator, check_destinations, init_trackers, deferred_signals
-    data           load_train_dataset, check_rows, choose_sizes, make_augmentations, SamplePlan, SampleOrder
+    data           load_train_dataset, load_splits, read_captioned_images, check_rows
+    samples        load_image, choose_sizes, make_augmentations, choose_caption, SamplePlan, SampleOrder
     models         load_encoders, load_prior, load_ema, make_optimizer, make_lr_scheduler
-    diffusion      encode_batch, sample_timesteps, diffusion_loss
+    diffusion      encode_batch, sample_noise, sample_timesteps, diffusion_loss
     validation     is_validation_due, Validator
     checkpoints    TrainState, find_checkpoint, load_train_state, save_checkpoint
     logging        log_metrics, log_images, save_contact_sheet, save_loss_curve
@@ -889,6 +890,7 @@ def check_rows(dataset: datasets.Dataset, args: argparse.Namespace, tokenizer: C
             )
 
 
+# ---------------------------------------------------------------------------------------------------- samples
 def image_folders(args: argparse.Namespace) -> list[Path]:
     """The folders in which a data set's image files may be: its own, and the caches of those from the Hub."""
     caches = [args.cache_dir, datasets.config.HF_DATASETS_CACHE, hub.constants.HF_HUB_CACHE]

@@ -79,8 +79,8 @@ def encode_images(images, size, args):
     """The raw latents of images at a size, (height, width): (N, 16, height / 32, width / 32)."""
     encoder = script.EfficientNetEncoder.load(args.pretrained_image_encoder_name_or_path)
     image_transforms = script.make_image_transforms(size)
-    pixels = script.normalize_pixels(torch.stack([image_transforms(image) for image in images]))
-    return torch.cat([encoder(batch) for batch in pixels.split(64)])
+    pixels = torch.stack([image_transforms(image) for image in images])
+    return torch.cat([script.embed_images(batch, encoder) for batch in pixels.split(64)])
 
 
 @torch.no_grad()

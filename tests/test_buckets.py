@@ -11,7 +11,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from accelerate.state import PartialState
 from conftest import PICTURES, assert_continues_as, resumed, same_weights, tiny_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,13 +44,6 @@ def shapes(tmp_path_factory):
         rows.append({"file_name": f"{index:02d}.png", "text": row["text"]})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def log(caplog):
-    """What the script logs. Its logger asks for the rank."""
-    PartialState(cpu=True)
-    return caplog
 
 
 def parse_args(folder, *argv, **flags):
@@ -105,9 +97,9 @@ def test_each_image_gets_the_size_of_which_the_least_is_cropped(shapes):
         assert kept(shape, (height, width)) == pytest.approx(kept(shape, best))
 
 
-def test_the_share_that_is_cropped_is_logged(shapes, log):
+def test_the_share_that_is_cropped_is_logged(shapes, caplog):
     load_rows(parse_args(shapes))
-    (message,) = (record.getMessage() for record in log.records if "buckets" in record.getMessage())
+    (message,) = (record.getMessage() for record in caplog.records if "buckets" in record.getMessage())
     counts = collections.Counter(SHAPES[list(SHAPES)[row // 6]] for row in range(36))
     for (width, height), count in counts.items():
         assert f"{width}x{height} ({count} rows)" in message
@@ -194,7 +186,7 @@ def test_sizes_are_read_once(shapes, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"no image"], ids=["empty", "text"])
-def test_an_image_whose_size_cannot_be_read_ends_the_run_or_is_replaced(shapes, tmp_path, content, log):
+def test_an_image_whose_size_cannot_be_read_ends_the_run_or_is_replaced(shapes, tmp_path, content):
     folder = shutil.copytree(shapes, tmp_path / "images")
     (folder / "07.png").write_bytes(content)
     flags = {"cache_dir": tmp_path / "cache"}

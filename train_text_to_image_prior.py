@@ -126,6 +126,7 @@ ASPECT_RATIOS = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)
 # Longer images are cropped to it: resizing 60000 x 1 pixels to height 512 would fill the memory.
 MAX_ASPECT_RATIO = 8
 MIN_LOSS_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has diverged
+MAX_CURVE_POINTS = 20_000  # of the training loss: to read a million lines would take seconds each time
 MAX_BAD_ROWS = 12  # unreadable rows drawn in succession, after which the data set is considered broken
 COLLECTIVE_TIMEOUT = timedelta(hours=3)  # other ranks wait while the first one downloads or saves
 BATCH_TIMEOUT = 10  # seconds without a batch after which a requested stop no longer waits for it
@@ -217,13 +218,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="by default Accelerate's configuration")
     add("--allow_tf32", action="store_true", help="use TF32 for float32 matrix products on CUDA")
     add("--use_ema", action="store_true", help="average the weights; the average is validated and saved")
+    add("--offload_ema", action="store_true", help="keep the average in main memory, with slower steps")
     add("--loss_weighting", choices=["none", "p2"], default="none", help="p2: as in the original training")
     timesteps = {"choices": ["uniform", "stretched"], "default": "uniform"}
     add("--timestep_sampling", **timesteps, help="stretched: as in the original training")
     add("--caption_dropout", type=fraction, default=0.0, help="fraction of captions that are left empty")
     add("--compile", action="store_true", help="compile the prior and replay it as CUDA graphs")
 
-    add = parser.add_argument_group("optimizer, AdamW").add_argument
+    add = parser.add_argument_group("optimizer").add_argument
+    optimizers = {"choices": ["adamw", "adamw8bit", "adafactor"]}
+    add("--optimizer", **optimizers, help="the last two need less memory (default: adamw)")
+    add("--use_8bit_adam", action="store_true", help="the same as --optimizer=adamw8bit")
     add("--learning_rate", type=non_negative, default=1e-4, help="at the schedule's peak")
     schedules = {"choices": [schedule.value for schedule in SchedulerType], "default": "constant"}
     add("--lr_scheduler", **schedules, metavar="NAME", help=", ".join(schedules["choices"]))
@@ -231,10 +236,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr_step_rules", help="of piecewise_constant: factors and their last steps, 1:100,0.1:200,0.01")
     add("--adam_beta1", type=fraction, default=0.9, help="decay of the average of gradients")
     add("--adam_beta2", type=fraction, default=0.999, help="decay of the average of squared gradients")
-    add("--adam_weight_decay", type=non_negative, default=0.0, help="decoupled from the gradients")
+    add("--adam_weight_decay", type=non_negative, default=0.0, help="decoupled, for all optimizers")
     add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the divisor")
     add("--max_grad_norm", type=bounded(float, 1e-8), default=1.0, help="gradients are clipped to this norm")
-    add("--use_8bit_adam", action="store_true", help="use bitsandbytes' AdamW8bit, which needs less memory")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="wuerstchen-model-finetuned", help="folder for everything that is written")
@@ -278,13 +282,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "--cache_latents encodes each image once, but --random_crop, --random_flip and whatever else "
             "make_augmentations returns change it every epoch: leave out one or the other"
         )
-    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-        parser.error("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`")
+    choose_optimizer(parser, args)
+    if args.offload_ema and not args.use_ema:
+        parser.error("--offload_ema needs --use_ema, the average that it keeps in main memory")
     available = [*map(str, get_available_trackers()), "all", "none"]
     for name in args.report_to.split(","):
         if name not in available:
             parser.error(f"--report_to={name} is not installed; available: {', '.join(available)}")
     return args
+
+
+def choose_optimizer(parser: ArgumentParser, args: argparse.Namespace):
+    """Completes --optimizer, for which --use_8bit_adam can stand, and rejects flags that contradict it."""
+    if args.use_8bit_adam and args.optimizer not in (None, "adamw8bit"):
+        parser.error(f"--use_8bit_adam means --optimizer=adamw8bit, not {args.optimizer}: leave out one")
+    if args.optimizer is None:
+        args.optimizer = "adamw8bit" if args.use_8bit_adam else "adamw"
+    args.use_8bit_adam = args.optimizer == "adamw8bit"
+    if args.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("--optimizer=adamw8bit needs bitsandbytes: `pip install bitsandbytes`")
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if args.optimizer == "adafactor" and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} has no meaning for --optimizer=adafactor: leave out one of them")
 
 
 # Flags that are secret, or whose values only have a meaning on this machine or for this repo.
@@ -881,7 +900,10 @@ def check_rows(dataset: datasets.Dataset, args: argparse.Namespace, tokenizer: C
         logger.warning(f"{num_empty} of {len(texts)} captions are empty")
     max_length = tokenizer.model_max_length
     for what, captions in (("captions", texts), ("--validation_prompts", args.validation_prompts or [])):
-        lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids] if captions else []
+        lengths = []
+        for start in range(0, len(captions), 1000):  # a million at once take 9 GB
+            tokens = tokenizer(captions[start : start + 1000], return_attention_mask=False, verbose=False)
+            lengths += map(len, tokens.input_ids)
         too_long = [caption for caption, length in zip(captions, lengths, strict=True) if length > max_length]
         if too_long:
             logger.warning(
@@ -1331,16 +1353,25 @@ class SampleOrder:
         permutation = epoch_permutation(self.plan.seed, epoch, len(self.rows)).numpy()
         return permutation[np.argsort(self.rows.buckets[permutation], kind="stable")]
 
-    def row(self, position: int) -> int:
-        """The row of a position."""
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def batch_rows(self, batch: int) -> list[int]:
+        """The rows of a micro-batch, by its number in the sequence."""
         batch_size = self.plan.train_batch_size
-        batch, offset = divmod(position, batch_size)
-        epoch = position // len(self.rows)  # or a later one, since buckets' rests are left over
+        epoch = batch * batch_size // len(self.rows)  # or a later one, since buckets' rests are left over
         while self.batches_before(epoch + 1).sum() <= batch:
             epoch += 1
-        bucket, number = self.epoch_batches(epoch)[batch - self.batches_before(epoch).sum()]
-        epoch, index = divmod(int(number) * batch_size + offset, int(self.counts[bucket]))
-        return int(self.epoch_rows(epoch)[self.counts[:bucket].sum() + index])
+        bucket, number = self.epoch_batches(epoch)[batch - self.batches_before(epoch).sum()].tolist()
+        first, num_rows = int(self.counts[:bucket].sum()), int(self.counts[bucket])
+        rows = []
+        for index in range(number * batch_size, (number + 1) * batch_size):
+            epoch, offset = divmod(index, num_rows)
+            rows.append(int(self.epoch_rows(epoch)[first + offset]))
+        return rows
+
+    def row(self, position: int) -> int:
+        """The row of a position."""
+        batch, offset = divmod(position, self.plan.train_batch_size)
+        return self.batch_rows(batch)[offset]
 
     def train_batches(self, rank: int, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
         """The samples of `SamplePlan.train_batches`: pairs of a position and its row."""
@@ -1500,7 +1531,8 @@ def load_prior(
 def load_ema(
     args: argparse.Namespace, prior: wuerstchen.WuerstchenPrior, checkpoint: Path | None, device: torch.device
 ) -> EMAModel | None:
-    """The average of the prior's weights (decay 0.9999, ramp-up) on every rank, new or the checkpoint's."""
+    """The average of the prior's weights (decay 0.9999, ramp-up) on every rank, new or the checkpoint's, in
+    the device's memory or, with --offload_ema, in main memory."""
     if not args.use_ema:
         return None
     if checkpoint is None:
@@ -1510,8 +1542,17 @@ def load_ema(
         ema_prior = EMAModel.from_pretrained(checkpoint / "prior_ema", type(prior), foreach=True)
     else:
         raise SystemExit(f"--use_ema: {checkpoint} has no prior_ema/, since its run did not use --use_ema")
-    ema_prior.to(device)
+    ema_prior.to("cpu" if args.offload_ema else device)
     return ema_prior
+
+
+def update_ema(ema_prior: EMAModel | None, prior: torch.nn.Module):
+    """Moves the average, if there is one, towards the prior's weights, on the device of the average."""
+    if ema_prior is not None:
+        device = ema_prior.shadow_params[0].device
+        # Whether a weight is trained decides whether it is averaged.
+        weights = [p.detach().to(device).requires_grad_(p.requires_grad) for p in prior.parameters()]
+        ema_prior.step(weights)
 
 
 @contextlib.contextmanager
@@ -1537,18 +1578,23 @@ def load_noise_scheduler(device: torch.device) -> DDPMWuerstchenScheduler:
 
 
 def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace, device: torch.device):
-    """AdamW over the prior's trainable parameters, fused where the device supports it."""
-    if args.use_8bit_adam:
+    """The optimizer of the prior's trainable parameters. All three decay weights apart from the gradients."""
+    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit as optimizer_cls
+    elif args.optimizer == "adafactor":
+        from transformers import Adafactor as optimizer_cls
+
+        # The learning rate is the schedule's alone, as for AdamW.
+        settings = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     else:
-        fused = device.type in ("cuda", "cpu", "mps", "xpu")
-        optimizer_cls = functools.partial(torch.optim.AdamW, fused=fused)
+        optimizer_cls = torch.optim.AdamW
+        settings["fused"] = device.type in ("cuda", "cpu", "mps", "xpu")
     return optimizer_cls(
         [parameter for parameter in prior.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        **settings,
     )
 
 
@@ -1658,6 +1704,14 @@ def sample_noise(
     if device.type == "cuda":  # other memory is copied synchronously
         noise, uniform = noise.pin_memory(), uniform.pin_memory()
     return noise.to(device, non_blocking=True), uniform.to(device, non_blocking=True)
+
+
+def seed_dropout(seed: int, device: torch.device):
+    """Seeds the default generators of the CPU and the device. `torch.manual_seed` would do so, too, and for
+    each kind of device that is not there it formats a stack trace: 0.3 ms a micro-step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def sample_timesteps(u: torch.Tensor, sampling: str) -> torch.Tensor:
@@ -1793,7 +1847,7 @@ class Validator:
         """Whether there is nothing left to do at this step."""
         output_dir = Path(self.args.output_dir)
         if self.held_out_dataloader is not None:
-            done = any(row["step"] == global_step and "val_loss" in row for row in read_metrics(output_dir))
+            done = any(row["step"] == global_step for row in read_metrics(output_dir, "val_loss"))
         elif self.prompt_embeds:
             done = sample_file(output_dir, global_step, *validation_images(self.args)[-1]).exists()
         else:
@@ -2056,11 +2110,11 @@ def report_settings(args: argparse.Namespace, plan: SamplePlan, state: TrainStat
         logger.info(f"{checkpoint}: nothing is left to train, only to save")
     if state.settings is None:
         return
-    if state.settings["use_8bit_adam"] != args.use_8bit_adam:
-        used = "with" if state.settings["use_8bit_adam"] else "without"
-        raise SystemExit(
-            f"--use_8bit_adam: {checkpoint} is of a run {used} it, whose optimizer state differs"
-        )
+    used = state.settings.get("optimizer")
+    if used is None:  # older versions had --use_8bit_adam only
+        used = "adamw8bit" if state.settings["use_8bit_adam"] else "adamw"
+    if used != args.optimizer:
+        raise SystemExit(f"--optimizer={args.optimizer}: {checkpoint} is of a run with --optimizer={used}")
     changed = []
     for name, value in public_settings(args).items():
         if name in state.settings and state.settings[name] != value:
@@ -2202,12 +2256,20 @@ def log_metrics(accelerator: Accelerator, metrics: dict[str, float], global_step
             file.write(json.dumps({"step": global_step} | metrics) + "\n")
 
 
-def read_metrics(output_dir: Path) -> list[dict[str, float]]:
-    """The lines of loss.jsonl, without those that a crash truncated. Older versions called a step an
-    update."""
+def read_metrics(
+    output_dir: Path, name: str | None = None, max_rows: int | None = None
+) -> list[dict[str, float]]:
+    """The lines of loss.jsonl, all or those with the metric `name`, and of these about `max_rows` evenly
+    spaced ones. Without lines that a crash truncated. Older versions called a step an update."""
     file = output_dir / "loss.jsonl"
+    if not file.exists():
+        return []
+    with open(file, errors="replace") as lines:
+        lines = [line for line in lines if name is None or f'"{name}"' in line]
+    if max_rows is not None and len(lines) > max_rows:
+        lines = lines[:: math.ceil(len(lines) / max_rows)]
     rows = []
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+    for line in lines:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and "update" in row:
@@ -2330,10 +2392,11 @@ def save_contact_sheet(
 def save_loss_curve(output_dir: Path):
     """Writes loss.png: the training loss and its running mean, and the held-out loss, by step."""
     with only_warn("Writing loss.png"):
-        rows = read_metrics(output_dir)
+        train_rows = read_metrics(output_dir, "train_loss", max_rows=MAX_CURVE_POINTS)
+        held_out_rows = read_metrics(output_dir, "val_loss")
         train, held_out = (  # without those that overflowed in fp16
             [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-            for name in ("train_loss", "val_loss")
+            for name, rows in (("train_loss", train_rows), ("val_loss", held_out_rows))
         )
         mean, means = 0.0, []
         for count, (_, loss) in enumerate(train, 1):
@@ -2550,7 +2613,7 @@ def log_summary(args: argparse.Namespace, global_step: int, plan: SamplePlan):
     if durations:
         speed = plan.samples_per_step / np.mean(durations)
         lines[0] += f" in {format_duration(sum(durations))}, {speed:.1f} images/s"
-    losses = [(row["step"], row["val_loss"]) for row in read_metrics(output_dir) if "val_loss" in row]
+    losses = [(row["step"], row["val_loss"]) for row in read_metrics(output_dir, "val_loss")]
     if losses:
         values = [f"{loss:.4f} at step {step}" for step, loss in dict.fromkeys((losses[0], losses[-1]))]
         lines.append(f"held-out loss: {', '.join(values)}")
@@ -2939,7 +3002,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     # The optimizer and the learning rate. The prior is the checkpoint's already, the optimizer follows.
     if args.compile:
         compile_prior(prior, accelerator, args, empty_embeds)
-    with explain_errors("--use_8bit_adam", args.use_8bit_adam):
+    with explain_errors("--optimizer", args.optimizer):
         optimizer = make_optimizer(prior, args, device)
     register_checkpoint_hooks(accelerator, ema_prior)
     prior, optimizer = accelerator.prepare(prior, optimizer)
@@ -2999,7 +3062,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                     latents, prompt_embeds = encode(batch)
                     noise, u = sample_noise(batch["positions"], latents.shape[1:], device, args.seed, "noise")
                     timesteps = sample_timesteps(u, args.timestep_sampling)
-                    torch.manual_seed(derive_seed(args.seed, "dropout", batch["positions"][0]))
+                    seed_dropout(derive_seed(args.seed, "dropout", batch["positions"][0]), device)
                     loss = diffusion_loss(
                         prior, noise_scheduler, latents, prompt_embeds, noise, timesteps, args.loss_weighting
                     ).mean()
@@ -3015,8 +3078,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             optimizer.step()
             optimizer.zero_grad()
             lr_scheduler.step()
-            if ema_prior is not None:
-                ema_prior.step(prior.parameters())
+            update_ema(ema_prior, prior)
             state.global_step = step
 
             metrics = {

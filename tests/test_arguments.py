@@ -305,7 +305,30 @@ def test_piecewise_constant_and_its_rules_need_each_other(flags, refused):
 
 def test_8bit_adam_without_bitsandbytes_is_refused(refused, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused("--use_8bit_adam needs bitsandbytes.*pip install", use_8bit_adam=True)
+    refused("--optimizer=adamw8bit needs bitsandbytes.*pip install", use_8bit_adam=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_8bit_adam_and_another_optimizer_are_refused(refused, optimizer):
+    flags = {"use_8bit_adam": True, "optimizer": optimizer}
+    refused(f"--use_8bit_adam means --optimizer=adamw8bit, not {optimizer}", **flags)
+
+
+def test_use_8bit_adam_is_a_name_of_the_optimizer():
+    for flag in ("--use_8bit_adam", "--optimizer=adamw8bit"):
+        args = script.parse_args(["--train_data_dir=unused", flag])
+        assert args.optimizer == "adamw8bit" and args.use_8bit_adam, "whichever was given"
+        assert script.parse_args(["--train_data_dir=unused", *script.public_args(args).split()]) == args
+    assert script.parse_args(["--train_data_dir=unused"]).optimizer == "adamw"
+
+
+@pytest.mark.parametrize("flag", ["adam_beta1", "adam_beta2", "adam_epsilon"])
+def test_settings_that_adafactor_does_not_have_are_refused(refused, flag):
+    refused(f"--{flag} has no meaning for --optimizer=adafactor", optimizer="adafactor", **{flag: 0.5})
+
+
+def test_offloading_an_average_that_is_not_kept_is_refused(refused):
+    refused("--offload_ema needs --use_ema", offload_ema=True)
 
 
 def test_output_dir_that_is_a_file_is_refused(refused, tmp_path):

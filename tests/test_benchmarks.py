@@ -107,7 +107,7 @@ def test_rows_whose_flags_the_script_rejects_are_not_run(measured_copy):
     rows = ["guide-8bit-adam", "loader"]
     printed, results = run_benchmark(measured_copy, "--rows", *rows, PYTHONPATH=str(measured_copy))
     assert results["rows"].keys() == {"loader"} and results["rejected"].keys() == {"guide-8bit-adam"}
-    assert "* not run: guide-8bit-adam (--use_8bit_adam needs bitsandbytes" in printed
+    assert "* not run: guide-8bit-adam (--optimizer=adamw8bit needs bitsandbytes" in printed
 
 
 def test_a_row_that_fails_is_reported_and_the_others_stay(measured, measured_copy):

@@ -201,6 +201,23 @@ def test_8bit_adam_trains_on_the_graphs_gradients(train, steady_prior):
 
 @cpu_only
 @slow
+def test_adafactor_trains_on_the_graphs_gradients(train, steady_prior):
+    """Apart from the biases of attention's keys, which do not change its output: their gradients are rounding
+    errors, and Adafactor has no epsilon that suppresses them."""
+    flags = steps_without_dropout(steady_prior, 2) | {"optimizer": "adafactor", "adam_epsilon": None}
+    runs = train(fake_gpu, **flags, compile=True), train(**flags)
+    assert all(run.returncode == 0 for run in runs), runs
+    assert "replayed backward" in runs[0].output
+    first, *last = (
+        {name: weight for name, weight in weights.items() if not name.endswith("to_k.bias")}
+        for weights in (runs[1].prior(1), runs[0].prior(5), runs[1].prior(5))
+    )
+    assert distance(*last) < 1e-2 * distance(first, last[1])
+    assert runs[0].logged("train_loss") == pytest.approx(runs[1].logged("train_loss"), rel=1e-4)
+
+
+@cpu_only
+@slow
 def test_a_resumed_compiled_run_continues_with_the_same_bits(train, tmp_path):
     """With dropout, which follows from the seed and the step as everything else does."""
     steps = STEPS | {"gradient_accumulation_steps": 3, "compile": True}

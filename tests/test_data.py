@@ -846,6 +846,19 @@ def test_both_tokenizer_formats_give_clips_ids(models):
     assert mask.sum(1)[:2].tolist() == [7, 2]
 
 
+def test_cut_captions_are_counted_in_all_parts_of_a_large_data_set(tokenizer, log):
+    long = {0: "apple " * 90, 999: "pear " * 76, 1000: "plum " * 77, 2002: "fig " * 80}
+    rows = {
+        "image": [{"bytes": b"not read", "path": None}] * 2003,
+        "text": [long.get(row, "a moon") for row in range(2003)],
+    }
+    features = datasets.Features(image=datasets.Image(decode=False), text=datasets.Value("string"))
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    script.check_rows(dataset, parse_args(), tokenizer)
+    (message,) = (record.getMessage() for record in log.records)
+    assert "4 of 2003 captions are longer" in message and "apple apple" in message
+
+
 def test_long_captions_are_truncated_and_keep_the_end_token(tokenizer):
     words = " ".join(["cat"] * 75)
     tokens = script.tokenize_captions([words, words + " dog" * 100], tokenizer)

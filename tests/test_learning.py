@@ -49,8 +49,9 @@ def has_learned(found):
 
 
 @pytest.mark.slow
-def test_captioned_images_are_memorized(learn):
-    found = learn()
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_captioned_images_are_memorized(learn, optimizer):
+    found = learn(optimizer=optimizer)
     assert has_learned(found), found
 
 

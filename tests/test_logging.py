@@ -711,6 +711,20 @@ def test_the_curve_goes_through_the_numbers(log_to, tmp_path, figures):
     assert not is_near(pixels, axes, (150, 0.15), "tab:blue"), "this can tell"
 
 
+def test_the_curve_of_a_long_run_reads_evenly_spaced_steps(log_to, tmp_path, figures, monkeypatch):
+    """But all held-out losses."""
+    monkeypatch.setattr(script, "MAX_CURVE_POINTS", 100)
+    with open(tmp_path / "loss.jsonl", "w") as file:
+        for step in range(1, 951):
+            file.write(json.dumps({"step": step, "train_loss": 1 / step}) + "\n")
+            if step % 7 == 0:
+                file.write(json.dumps({"step": step, "val_loss": 2 / step}) + "\n")
+    script.save_loss_curve(tmp_path)
+    lines = lines_of(figures[0].axes[0])
+    assert lines["training loss"] == [(step, 1 / step) for step in range(1, 951, 10)]
+    assert lines["held-out loss"] == [(step, 2 / step) for step in range(7, 951, 7)]
+
+
 def test_outliers_of_single_steps_do_not_flatten_the_curve(log_to, tmp_path, figures):
     for step in range(1, 101):
         log_to({"train_loss": 1000.0 if step == 60 else 0.01}, step)

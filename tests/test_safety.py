@@ -145,7 +145,7 @@ def break_optimizer(*args):
         ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x"}, "--lr_scheduler"),
         ({"lr_scheduler": "polynomial", "learning_rate": 1e-9}, "--lr_scheduler"),
         ({"report_to": "wandb"}, "--report_to"),
-        ({"use_8bit_adam": True}, "--use_8bit_adam"),
+        ({"use_8bit_adam": True}, "--optimizer=adamw8bit"),
     ],
     ids=["rules", "polynomial", "tracker", "optimizer"],
 )
@@ -434,12 +434,29 @@ def test_changed_settings_are_reported(run_copy, models, pictures, run_main):
     assert "train_batch_size" not in line
 
 
-def test_another_optimizer_is_refused_in_one_line(run_copy, models, pictures, run_main):
-    flags = SHORT | {"max_train_steps": 3, "use_8bit_adam": True, "resume_from_checkpoint": "latest"}
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor"])
+def test_another_optimizer_is_refused_in_one_line(run_copy, models, pictures, run_main, optimizer):
+    flags = SHORT | {"max_train_steps": 3, "optimizer": optimizer, "resume_from_checkpoint": "latest"}
     finished = run_main(tiny_args(models, pictures, run_copy, **flags))
     assert finished.returncode == 1, finished
-    assert "--use_8bit_adam" in last_line(finished)
+    assert f"--optimizer={optimizer}" in last_line(finished) and "--optimizer=adamw" in last_line(finished)
     assert "Traceback" not in finished.output
+
+
+@pytest.mark.parametrize("used", ["adamw", "adamw8bit"])
+def test_the_optimizer_of_an_older_checkpoint_is_known(used):
+    """Its settings have --use_8bit_adam alone."""
+    plan = script.SamplePlan(0, 10, "", num_processes=1, train_batch_size=1, gradient_accumulation_steps=1)
+    state = script.TrainState(settings={"use_8bit_adam": used == "adamw8bit"})
+    for optimizer in ("adamw", "adamw8bit", "adafactor"):
+        argv = ["--train_data_dir=unused", f"--optimizer={optimizer}", "--max_train_steps=1"]
+        report = (script.parse_args(argv), plan, state, Path("checkpoint-3"))
+        if optimizer == used:
+            script.report_settings(*report)
+        else:
+            message = f"--optimizer={optimizer}: checkpoint-3 is of a run with --optimizer={used}"
+            with pytest.raises(SystemExit, match=f"^{message}$"):
+                script.report_settings(*report)
 
 
 def test_weights_that_overflow_are_not_saved(models, pictures, tmp_path, run_main, monkeypatch):

@@ -75,10 +75,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, send_to_device
 from datasets.fingerprint import Hasher
 from diffusers import DDPMWuerstchenScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -128,7 +128,8 @@ MAX_ASPECT_RATIO = 8
 MIN_LOSS_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has diverged
 MAX_CURVE_POINTS = 20_000  # of the training loss: to read a million lines would take seconds each time
 MAX_BAD_ROWS = 12  # unreadable rows drawn in succession, after which the data set is considered broken
-COLLECTIVE_TIMEOUT = timedelta(hours=3)  # other ranks wait while the first one downloads or saves
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that does not answer for so long is lost
+SLOW_TIMEOUT = timedelta(hours=3)  # the same where ranks wait for one that downloads, encodes or saves
 BATCH_TIMEOUT = 10  # seconds without a batch after which a requested stop no longer waits for it
 DUPLICATE_SIGTERM = 2.0  # seconds within which two are one: a scheduler and torchrun may both send it
 PUSH_RETRY_DELAYS = (10, 30, 60, 300, 900)  # seconds between attempts to upload during a Hub outage
@@ -357,6 +358,12 @@ def printable(text: str, max_length: int = 500) -> str:
 # ------------------------------------------------------------------------------------------------------ setup
 def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     """Sets up devices, precision, trackers and logging by the flags, the launcher and `accelerate config`."""
+    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # before Accelerate looks for their libraries
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise SystemExit(
+                f"accelerate config: {engine} is not supported; choose multi-GPU. To save memory, use "
+                "--use_8bit_adam --gradient_checkpointing: 1 B parameters need no sharding."
+            )
     atexit.register(kill_workers)
     sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     if args.hub_token:  # wandb and comet_ml record the command line
@@ -375,6 +382,8 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
             # Each weight is used once per pass: autocast's cache would only hold 2 GB of 16-bit copies.
             accelerate.utils.AutocastKwargs(cache_enabled=False),
             accelerate.utils.InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            # Gradients stay in the buckets in which they are reduced: 4 GB less without accumulation.
+            accelerate.utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -383,19 +392,20 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
             f"WORLD_SIZE={world_size}: so many processes were started, but each would train alone, since "
             "there is no GPU; set ACCELERATE_USE_CPU=true to train together on the CPU"
         )
-    engine = accelerator.distributed_type
-    if engine in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise SystemExit(
-            f"accelerate config: {engine.value} is not supported; choose multi-GPU. To save memory, use "
-            "--use_8bit_adam --gradient_checkpointing: 1 B parameters need no sharding."
-        )
     log_format = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(format=log_format, datefmt="%H:%M:%S", level=logging.INFO)
     for library in ("accelerate", "httpx", "httpx2"):  # the last two log every request
         logging.getLogger(library).setLevel(logging.WARNING)
     diffusers.utils.logging.set_verbosity_error()  # it warns that the Würstchen pipelines are deprecated
     diffusers.utils.logging.disable_progress_bar()
+    # DDP's, about dimensions of size 1, whose strides have no meaning.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        logger.warning(
+            "One process trains, although MASTER_ADDR is set, as `accelerate launch --num_processes=2` does: "
+            "for several, add --multi_gpu, and on a CPU set ACCELERATE_USE_CPU=true in the environment"
+        )
     precision = accelerator.mixed_precision
     if precision != "no" and not accelerator.native_amp:
         logger.warning(f"{accelerator.device} does not support {precision}: training in float32")
@@ -422,15 +432,91 @@ class LossyStream:
         return getattr(self.stream, name)
 
 
-def lock_output_dir(output_dir: Path):
-    """Locks the folder against a second run until this process ends, however it ends."""
-    lock = filelock.FileLock(output_dir / ".lock", timeout=0, is_singleton=True)
-    with explain_errors("--output_dir", output_dir):
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise ValueError("another run is writing to this folder; choose another one") from None
-    atexit.register(lock.release)  # a lock that nothing refers to is released
+@functools.cache
+def slow_group():
+    """A second group of all ranks, over gloo, for long waits. Made by the first call, of all ranks."""
+    return torch.distributed.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+
+
+def wait_for_slow_ranks(accelerator: Accelerator):
+    """Waits until all ranks are here, for hours if need be. Other collectives give up after minutes."""
+    if accelerator.num_processes > 1:
+        torch.distributed.barrier(group=slow_group())
+
+
+@contextlib.contextmanager
+def local_main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """As `accelerator.local_main_process_first`, for what may take long, such as a download."""
+    if not accelerator.is_local_main_process:
+        wait_for_slow_ranks(accelerator)
+    yield
+    if accelerator.is_local_main_process:
+        wait_for_slow_ranks(accelerator)
+
+
+def is_first_to_end() -> bool:
+    """Whether no other rank has asked this before, or the ranks' store, where they count, is lost, too."""
+    with contextlib.suppress(Exception):
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(address, port, timeout=timedelta(seconds=10))
+        return store.add(f"ended-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    return True
+
+
+@contextlib.contextmanager
+def explain_lost_ranks() -> Iterator[None]:
+    """Ends a rank without a traceback if a collective failed because another rank has ended or does not
+    answer. The first rank to end says why, those that follow it nothing."""
+    try:
+        yield
+    except BaseException as error:
+        if "RANK" not in os.environ:
+            raise
+        is_first = is_first_to_end()
+        is_lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if isinstance(error, SystemExit) or not is_lost:
+            raise
+        reason = printable(next(iter(str(error).splitlines()), ""), 200)
+        message = (
+            f"rank {os.environ['RANK']}: another process has ended without a message, or cannot be reached; "
+            f"--resume_from_checkpoint=latest continues ({reason})"
+        )
+        raise SystemExit(message if is_first else 1) from None
+
+
+def count_separate_ranks(accelerator: Accelerator, folder: Path) -> int:
+    """The number of ranks that do not see a file that rank 0 writes to the folder."""
+    if accelerator.num_processes == 1:
+        return 0
+    wait_for_slow_ranks(accelerator)
+    (file,) = broadcast_object_list([folder / f".shared-{time.time_ns()}"])
+    if accelerator.is_main_process:
+        file.touch()
+    wait_for_slow_ranks(accelerator)
+    num_separate = gather_object([file.exists()]).count(False)
+    if accelerator.is_main_process:
+        file.unlink()
+    return num_separate
+
+
+def lock_output_dir(accelerator: Accelerator, output_dir: Path):
+    """Locks the folder against a second run until this process ends, however it ends. All ranks must see the
+    same folder."""
+    if accelerator.is_main_process:
+        lock = filelock.FileLock(output_dir / ".lock", timeout=0, is_singleton=True)
+        with explain_errors("--output_dir", output_dir):
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise ValueError("another run is writing to this folder; choose another one") from None
+        atexit.register(lock.release)  # a lock that nothing refers to is released
+    num_separate = count_separate_ranks(accelerator, output_dir)
+    if num_separate:
+        message = (
+            f"--output_dir={output_dir}: {num_separate} of {accelerator.num_processes} processes have another"
+            " folder of that name; share it between the nodes"
+        )
+        raise SystemExit(message if accelerator.is_main_process else 1)
 
 
 def check_destinations(args: argparse.Namespace) -> str:
@@ -1829,6 +1915,7 @@ class Validator:
     def log_validation(self, global_step: int):
         """Validates and logs the results, unless the run that this one resumes has done so at this step."""
         output_dir = Path(self.args.output_dir)
+        wait_for_slow_ranks(self.accelerator)  # the first one may be saving the result
         if not self.is_done(global_step):
             self.prior.eval()
             with ema_weights(self.prior, self.ema_prior):
@@ -1879,6 +1966,7 @@ class Validator:
         if self.decoder is not None and device.type != "cpu":
             self.decoder.to("cpu")
             torch.cuda.empty_cache()
+        wait_for_slow_ranks(self.accelerator)  # one may have another image to generate
         images, errors = gather_object(images), gather_object(errors)
         if errors:
             logger.warning(f"No validation images at step {global_step}: {errors[0]}")
@@ -1948,7 +2036,7 @@ RESULT_FOLDERS += ["decoder", "vqgan", "text_encoder", "tokenizer", "scheduler"]
 RESULT_FILES = ["model_index.json", "README.md", "grid.png"]
 LOG_FILES = ["loss.jsonl", "loss.png", "samples"]
 # Names under which something is written or deleted, so that a crash leaves nothing that looks complete.
-TEMPORARY = re.compile(r"\.checkpoint-\d+\.(partial|deleted)|\.result\.partial")
+TEMPORARY = re.compile(r"\.checkpoint-\d+\.(partial|deleted)|\.result\.partial|\.shared-\d+")
 
 # How versions before 2026-11-25 named the fields of TrainState and SamplePlan. They had no hash of all rows.
 OLD_FIELD_NAMES = {"run_id": "wandb_run_id", "rows": "num_rows", "processes": "num_processes"}
@@ -2153,6 +2241,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainStat
         accelerator.save_state(str(partial))  # on every rank, since each has random states of its own
     except Exception as error:
         error_text = str(error) or type(error).__name__
+    wait_for_slow_ranks(accelerator)
     errors = [text for text in gather_object([error_text]) if text]
     saved = False
     if accelerator.is_main_process:
@@ -2175,6 +2264,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainStat
             else:
                 logger.error(f"{checkpoint} could not be written, the run continues without it: {error}")
                 shutil.rmtree(partial, ignore_errors=True)
+    wait_for_slow_ranks(accelerator)
     return broadcast_object_list([saved])[0]
 
 
@@ -2802,13 +2892,21 @@ def cache_latents(
 ) -> SizedRows:
     """The rows as the encoders' outputs: computed once, kept on disk by `cache_key`, and memory-mapped.
 
-    The ranks share the shards. An interrupted pass continues at the next shard, with any number of ranks.
+    The ranks share the shards, those of each node by themselves if nodes have caches of their own. An
+    interrupted pass continues at the next shard, with any number of ranks.
     """
     key = cache_key(rows, args, tokenizer, text_encoder, image_encoder)
     folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_latents", key)
     size = max(CACHE_SHARD_SIZE, math.ceil(len(rows) / MAX_CACHE_SHARDS))
     shards = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-    own_shards = shards[accelerator.process_index :: accelerator.num_processes]
+    location = f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"
+    with explain_errors("--cache_latents", location, OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    if count_separate_ranks(accelerator, folder):
+        rank = accelerator.local_process_index
+        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    own_shards = shards[rank::num_ranks]
     total, is_main_process = sum(map(len, own_shards)), accelerator.is_main_process
     progress = tqdm(total=total, desc="Encoding", unit="row", disable=not is_main_process)
     encoders = (tokenizer, text_encoder, image_encoder)
@@ -2828,16 +2926,14 @@ def cache_latents(
                 write_shard(file, encode_rows(dataloader, shard.start, args, *encoders, progress))
             return load_shard(file, shard_rows)
 
-    location = f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"
     worker_errors = explain_worker_errors(args.dataloader_num_workers)
     with progress, explain_errors("--cache_latents", location, OSError), worker_errors:
-        folder.mkdir(parents=True, exist_ok=True)
         num_done = 0
         for shard in own_shards:
             load_or_encode(shard)
             num_done += len(shard)
             progress.update(num_done - progress.n)  # by the rows of a shard that existed already
-        accelerator.wait_for_everyone()
+        wait_for_slow_ranks(accelerator)
         encoded = datasets.concatenate_datasets([load_or_encode(shard) for shard in shards])
     return replace(rows, dataset=encoded)
 
@@ -2935,6 +3031,7 @@ def compile_prior(
 
 
 # ------------------------------------------------------------------------------------------------------- main
+@explain_lost_ranks()
 def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not split up
     args = parse_args(argv)
     accelerator = setup_accelerator(args)
@@ -2942,8 +3039,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     output_dir = Path(args.output_dir)
 
     # Where the run starts: at step 0, or at a checkpoint, whose seed it keeps.
-    if is_main_process:
-        lock_output_dir(output_dir)
+    lock_output_dir(accelerator, output_dir)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     stale_checkpoints = check_output_dir(args, checkpoint)
     state = load_train_state(checkpoint, stale_checkpoints, output_dir)
@@ -2957,7 +3053,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     # The data, and which samples each step trains on. Batches run on over an epoch's end, so that each one is
     # full and each row is used once an epoch.
     tokenizer = load_tokenizer(args)
-    with accelerator.local_main_process_first():
+    with local_main_process_first(accelerator):
         dataset, rows_hash = load_rows(args, tokenizer)
     train_rows, held_out_rows = split_held_out(len(dataset), args.validation_split, args.seed)
     plan = SamplePlan(
@@ -3005,6 +3101,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     with explain_errors("--optimizer", args.optimizer):
         optimizer = make_optimizer(prior, args, device)
     register_checkpoint_hooks(accelerator, ema_prior)
+    wait_for_slow_ranks(accelerator)  # models may have been downloaded
     prior, optimizer = accelerator.prepare(prior, optimizer)
     if checkpoint is not None:
         with explain_errors("--resume_from_checkpoint", checkpoint):

@@ -14,13 +14,14 @@ import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -207,6 +208,9 @@ def run_script(tmp_path_factory):
     return run
 
 
+FORKING = threading.Lock()  # two threads that fork at the same time can block each other's child
+
+
 @pytest.fixture(scope="session")
 def run_main(tmp_path_factory):
     """run_main(args, timeout=300, **env): the script's `main` in a fork of this process, as a `Finished`.
@@ -221,7 +225,8 @@ def run_main(tmp_path_factory):
         child = multiprocessing.get_context("fork").Process(
             target=main_in_child, args=([str(arg) for arg in args], env, folder, log)
         )
-        child.start()
+        with FORKING:
+            child.start()
         child.join(timeout)
         if child.is_alive():
             child.kill()
@@ -417,6 +422,28 @@ def assert_continues_as(again, run, update, last):
         assert picture.read_bytes() == (run.folder / "samples" / picture.name).read_bytes(), picture.name
 
 
+@contextmanager
+def store_of_ranks():
+    """The port of a store which, like torchrun's, outlives each rank. It is in a process of its own: forks of
+    the one that has it would share its connections."""
+
+    def serve(port):
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port.send(store.port)
+        time.sleep(1000)
+
+    ours, theirs = multiprocessing.Pipe()
+    server = multiprocessing.get_context("fork").Process(target=serve, args=(theirs,))
+    with FORKING:
+        server.start()
+    try:
+        assert ours.poll(60), "no port"
+        yield str(ours.recv())
+    finally:
+        server.kill()
+        server.join()
+
+
 def read_curve(folder, column):
     """A column of loss.jsonl, {step: number}. No step may come twice."""
     rows = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
@@ -460,35 +487,38 @@ class Samples:
 
 @pytest.fixture
 def train_ranks(run_main, finished_runs, models, pictures, tmp_path_factory, monkeypatch):
-    """As `train`, with two ranks over gloo in two forks; gives the Run of each."""
+    """As `train`, with ranks over gloo in as many forks, by default two; gives the Run of each.
 
-    def train_ranks(patch=None, **flags):
-        key = repr(("ranks", patch, sorted(flags.items())))
+    `env` gives one rank's environment, from its number.
+    """
+
+    def train_ranks(patch=None, ranks=2, env=lambda rank: {}, **flags):
+        key = repr(("ranks", ranks, patch, env(1), sorted(flags.items())))
         if key not in finished_runs or "resume_from_checkpoint" in flags:
             folder = Path(flags.get("output_dir") or tmp_path_factory.mktemp("ranks") / "out")
             settings = {"report_to": "tensorboard", "output_dir": folder} | flags
             args, main = tiny_args(models, pictures, **settings), script.main
-            records = [tmp_path_factory.mktemp("record") / "record.pt" for _ in range(2)]
+            records = [tmp_path_factory.mktemp("record") / "record.pt" for _ in range(ranks)]
             monkeypatch.setattr(
                 script,
                 "main",
                 lambda argv: watch_main(main, records[int(script.os.environ["RANK"])], patch, argv),
             )
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            runs = [None, None]
+            torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+            runs = [None] * ranks
 
-            def start(rank):
-                env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-                runs[rank] = run_main(args, timeout=120, **env)
+            def start(rank, port):
+                place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+                place |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                place |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+                runs[rank] = run_main(args, timeout=120, **torchrun | place | env(rank))
 
-            threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with store_of_ranks() as port:
+                threads = [threading.Thread(target=start, args=(rank, port)) for rank in range(ranks)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
             monkeypatch.undo()
             finished_runs[key] = [Run(run, folder, record) for run, record in zip(runs, records, strict=True)]
         return finished_runs[key]

@@ -10,7 +10,6 @@ import shutil
 import datasets
 import pytest
 import torch
-from accelerate import DistributedType
 from conftest import same_weights, tiny_args
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -351,26 +350,6 @@ def test_accumulation_steps_in_the_environment_do_not_override_the_flag(train):
     assert run.logged("train_loss") == expected.logged("train_loss")
     assert run.logged("grad_norm") == expected.logged("grad_norm")
     assert same_weights(run.prior(), expected.prior())
-
-
-@pytest.mark.parametrize(
-    "distributed_type", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM]
-)
-def test_sharding_engines_are_refused_before_anything_is_loaded(distributed_type, refused, monkeypatch):
-    set_up = script.Accelerator.__init__
-
-    def configured(accelerator, *args, **kwargs):
-        """As with `accelerate config`, which needs GPUs."""
-        set_up(accelerator, *args, **kwargs)
-        accelerator.state.distributed_type = distributed_type
-
-    def fail(*args, **kwargs):
-        raise AssertionError("it loads something")
-
-    monkeypatch.setattr(script.Accelerator, "__init__", configured)
-    for name in ("load_train_dataset", "load_encoders", "load_prior", "check_destinations"):
-        monkeypatch.setattr(script, name, fail)
-    refused(f"^accelerate config: {distributed_type.value} is not supported; choose multi-GPU")
 
 
 # ---------------------------------------------------------------------------------------------------- models

@@ -910,9 +910,7 @@ def test_a_row_that_was_fixed_is_used(recorded_train, pictures, tmp_path):
 # --------------------------------------------------------------------------------------------- very many rows
 
 
-ONE_RANK = SimpleNamespace(
-    process_index=0, num_processes=1, is_main_process=True, wait_for_everyone=lambda: None
-)
+ONE_RANK = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True)
 
 
 def cache_rows(rows, folder, accelerator=ONE_RANK):
@@ -1038,10 +1036,11 @@ def test_all_rows_are_in_few_shards_that_the_ranks_share(tmp_path, monkeypatch, 
     monkeypatch.setattr(script, "load_shard", lambda file, rows: rows if (rows, rows.start) in made else None)
     monkeypatch.setattr(script, "write_shard", lambda file, encoded: made.append(encoded))
     monkeypatch.setattr(datasets, "concatenate_datasets", list)
+    monkeypatch.setattr(script, "count_separate_ranks", lambda *_: 0)
+    monkeypatch.setattr(script, "wait_for_slow_ranks", lambda _: shares.append([shard for shard, _ in made]))
     for rank in range(ranks):
         made.clear()
         accelerator = SimpleNamespace(**vars(ONE_RANK) | {"process_index": rank, "num_processes": ranks})
-        accelerator.wait_for_everyone = lambda: shares.append([shard for shard, _ in made])
         shards = cache_rows(Rows(), tmp_path, accelerator)
         assert [shard.start for shard in shards] == [0, *(shard.stop for shard in shards[:-1])]
         assert shards[-1].stop == count

@@ -441,6 +441,7 @@ def test_the_decoder_leaves_the_device_while_it_is_not_used(models, monkeypatch,
         accelerator=SimpleNamespace(
             device=SimpleNamespace(type="cuda"),
             is_main_process=True,
+            num_processes=1,
             autocast=nullcontext,
             split_between_processes=nullcontext,
         ),

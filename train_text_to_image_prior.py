@@ -3106,6 +3106,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     if checkpoint is not None:
         with explain_errors("--resume_from_checkpoint", checkpoint):
             accelerator.load_state(str(checkpoint))
+        accelerator.step = 0  # of the micro-steps in a step, whose number may have changed
     with explain_errors("--lr_scheduler", args.lr_scheduler):
         lr_scheduler = make_lr_scheduler(optimizer.optimizer, args, first_step)
 

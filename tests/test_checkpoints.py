@@ -681,10 +681,10 @@ ELASTIC = {
     "random_crop": True,
     "random_flip": True,
 }
-# Processes, micro-batch and micro-steps of the unbroken run, of steps 3 and 4, and of the last two.
+# Processes, micro-batch and micro-steps of the unbroken run, and of two steps each that follow its second.
 SPLITS = {
     "dropout": [(1, 2, 4), (2, 2, 2), (1, 2, 4)],
-    "without dropout": [(1, 4, 2), (2, 1, 4), (1, 8, 1)],
+    "without dropout": [(2, 4, 1), (1, 2, 4), (4, 1, 2), (2, 2, 2), (1, 8, 1)],
 }
 
 
@@ -692,9 +692,9 @@ SPLITS = {
 def test_a_run_goes_on_with_another_number_of_ranks(case, train, train_ranks, steady_prior, models, tmp_path):
     """And follows the unbroken one to rounding: samples, crops, captions, noise and timesteps are the same
     and, as long as the micro-batches are, dropout's masks."""
-    flags = ELASTIC | {"pretrained_prior_model_name_or_path": steady_prior}
-    if case == "dropout":
-        flags["pretrained_prior_model_name_or_path"] = models / "prior"
+    prior = models / "prior" if case == "dropout" else steady_prior
+    flags = ELASTIC | {"pretrained_prior_model_name_or_path": prior}
+    start = load_file(prior / "prior" / "diffusion_pytorch_model.safetensors")
 
     def go_on(split, source, last_step):
         ranks, batch_size, accumulation = split
@@ -704,35 +704,32 @@ def test_a_run_goes_on_with_another_number_of_ranks(case, train, train_ranks, st
             shutil.copytree(source, folder / source.name)
             settings |= {"output_dir": folder, "resume_from_checkpoint": "latest"}
         settings["max_train_steps"] = last_step
-        runs = train_ranks(**settings) if ranks == 2 else [train(**settings)]
+        runs = train_ranks(**settings, ranks=ranks) if ranks > 1 else [train(**settings)]
         assert all(run.returncode == 0 for run in runs), runs
         return runs
 
-    first, second, third = SPLITS[case]
-    (unbroken,) = go_on(first, None, 6)
-    middle = go_on(second, unbroken.folder / "checkpoint-2", 4)
-    (end,) = go_on(third, middle[0].folder / "checkpoint-4", 6)
+    def samples(runs, name, first_micro_step, last_micro_step):
+        of_micro_steps = [run.record["steps"][first_micro_step:last_micro_step] for run in runs]
+        tensors = [sample for steps in of_micro_steps for step in steps for sample in step[name]]
+        return sorted(sample.double().numpy().tobytes() for sample in tensors)
 
-    def by_sample(runs, name):
-        samples = [sample for run in runs for sample in run.all(name)]
-        return sorted(sample.double().numpy().tobytes() for sample in samples)
-
-    per_step = 8 // first[1]
-    for runs, steps in ((middle, range(2, 4)), ([end], range(4, 6))):
-        micro_steps = unbroken.record["steps"][steps.start * per_step : steps.stop * per_step]
+    unbroken_split, *splits = SPLITS[case]
+    unbroken = go_on(unbroken_split, None, 2 + 2 * len(splits))
+    runs, per_step = unbroken, unbroken_split[2]
+    for step, split in zip(range(2, 100, 2), splits, strict=False):
+        runs = go_on(split, runs[0].folder / f"checkpoint-{step}", step + 2)
         for name in ("pixels", "ids", "noise", "timesteps"):
-            expected = [sample for step in micro_steps for sample in step[name]]
-            expected = sorted(sample.double().numpy().tobytes() for sample in expected)
-            assert by_sample(runs, name) == expected, name
-    start = load_file(
-        flags["pretrained_prior_model_name_or_path"] / "prior" / "diffusion_pytorch_model.safetensors"
-    )
-    for step, run in ((3, middle[0]), (4, middle[0]), (5, end), (6, end)):
-        moved = distance(unbroken.prior(step), start)
-        assert distance(run.prior(step), unbroken.prior(step)) < 1e-4 * moved
-        assert distance(run.prior(step, "prior_ema"), unbroken.prior(step, "prior_ema")) < 1e-4 * moved
-        assert run.logged("train_loss")[step] == pytest.approx(unbroken.logged("train_loss")[step], rel=1e-4)
-    assert end.logged("val_loss")[6] == pytest.approx(unbroken.logged("val_loss")[6], rel=1e-4)
+            expected = samples(unbroken, name, step * per_step, (step + 2) * per_step)
+            assert len(expected) == 16 and samples(runs, name, 0, None) == expected, name
+        for done in (step + 1, step + 2):
+            moved = distance(unbroken[0].prior(done), start)
+            for folder in ("prior", "prior_ema"):
+                apart = distance(runs[0].prior(done, folder), unbroken[0].prior(done, folder))
+                assert apart < 1e-4 * moved, (split, done, folder)
+            losses = [run.logged("train_loss")[done] for run in (runs[0], unbroken[0])]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        losses = [run.logged("val_loss")[step + 2] for run in (runs[0], unbroken[0])]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def tensors_in(entry):

@@ -283,13 +283,15 @@ def copy_gradients():
 
 
 def check_buckets():
-    """Gradients are parts of few buckets at each step."""
+    """At each step, gradients are parts of few buckets, which are as large as the gradients together."""
     step = torch.optim.AdamW.step
 
     def check_and_step(self, *args, **kwargs):
         gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
-        buckets = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        storages = [gradient.untyped_storage() for gradient in gradients]
+        buckets = {storage.data_ptr(): storage.nbytes() for storage in storages}
         assert len(buckets) <= 2 < len(gradients)
+        assert sum(buckets.values()) == sum(gradient.nbytes for gradient in gradients)
         return step(self, *args, **kwargs)
 
     torch.optim.AdamW.step = check_and_step

@@ -340,8 +340,9 @@ def test_a_run_trains_and_validates_on_all_sizes(train_shapes, shapes):
     assert [row["step"] for row in losses] == [0, 3, 6, 9, 12, 15]
 
 
-@pytest.mark.parametrize("stop", [1, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("flags", [{}, pytest.param({"random_crop": True}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("flags", [{}, {"random_crop": True}])
 def test_a_resumed_run_has_the_same_bits(train_shapes, tmp_path, stop, flags):
     run = train_shapes(**flags)
     assert run.returncode == 0, run
@@ -361,6 +362,7 @@ def test_cached_latents_give_the_same_losses(train_shapes, tmp_path):
         assert cached.logged(name) == pytest.approx(run.logged(name), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_that_of_each_row_by_itself(train_shapes):
     """With batches of one: the same rows, noise and timesteps."""
     run = train_shapes(max_train_steps=1, gradient_accumulation_steps=1)

@@ -326,7 +326,9 @@ def test_full_disk_for_what_is_only_shown_does_not_end_the_run(
 # ----------------------------------------------------------------------------------------------------- killed
 
 
-@pytest.mark.parametrize("operation", [1, 9, 17])
+@pytest.mark.parametrize(
+    "operation", [pytest.param(1, marks=pytest.mark.slow), 9, pytest.param(17, marks=pytest.mark.slow)]
+)
 def test_run_killed_while_saving_resumes_exactly(
     models, pictures, tmp_path, run_main, monkeypatch, unbroken, operation
 ):
@@ -393,8 +395,8 @@ def send(name):
     [
         ("SIGTERM", script, "encode_batch", 8, 3),  # within step 3
         ("SIGINT", script, "reduce_metrics", 3, 4),  # as step 3 ends, when it is too late for that one
-        ("SIGTERM", script, "save_checkpoint", 1, 3),  # after step 2
-        ("SIGINT", script.Validator, "generate_images", 2, 3),  # after step 2
+        pytest.param("SIGTERM", script, "save_checkpoint", 1, 3, marks=pytest.mark.slow),  # after step 2
+        pytest.param("SIGINT", script.Validator, "generate_images", 2, 3, marks=pytest.mark.slow),  # after it
     ],
 )
 def test_signal_ends_the_run_after_the_step_with_a_checkpoint(
@@ -596,8 +598,12 @@ def test_two_ranks_stop_after_the_same_step_and_resume_exactly(models, pictures,
 
 @pytest.mark.parametrize(
     ("step", "by", "workers"),
-    [(1, "latest", 0), (2, "latest", 2), (5, "path", 0), (6, "path", 2)],
-    ids=["within an epoch", "after a validation", "at an epoch's end", "before the last step"],
+    [
+        pytest.param(1, "latest", 0, id="within an epoch"),
+        pytest.param(2, "latest", 2, id="after a validation", marks=pytest.mark.slow),
+        pytest.param(5, "path", 0, id="at an epoch's end", marks=pytest.mark.slow),
+        pytest.param(6, "path", 2, id="before the last step"),
+    ],
 )
 def test_resumed_run_equals_the_unbroken_one(train, tmp_path, step, by, workers):
     """With an accumulation that does not divide the epoch, an average, lists of captions and validation."""

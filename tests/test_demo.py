@@ -23,6 +23,7 @@ def pixels():
     return load_pixels(SIDE).float() / 255
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_decoder_draws_the_bundled_images(pixels):
     """Each of the 64 from its own latents, and nearly all of them also from latents that are a little off."""

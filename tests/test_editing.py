@@ -131,7 +131,9 @@ def test_the_readme_has_these_edits():
     assert list(read_edits()) == EDITS
 
 
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize(
+    "name", [EDITS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in EDITS[1:])]
+)
 @pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_edited_script_resumes_to_the_same_weights(edited, name, num_workers):
     copy = edited(name)

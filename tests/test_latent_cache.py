@@ -182,7 +182,9 @@ def relative_difference(run, other, name):
 # ------------------------------------------------------------------------------ training as without the cache
 
 
-@pytest.mark.parametrize(("precision", "rounding"), [("no", 1e-5), ("bf16", 2**-6)])
+@pytest.mark.parametrize(
+    ("precision", "rounding"), [("no", 1e-5), pytest.param("bf16", 2**-6, marks=pytest.mark.slow)]
+)
 def test_every_step_is_that_of_the_uncached_run(train, tmp_path, precision, rounding):
     """With lists of captions, caption dropout, accumulation and held-out rows."""
     flags = LISTS | {"mixed_precision": precision, "validation_split": 2, "validation_steps": 3}
@@ -869,7 +871,8 @@ def break_transforms():
     script.make_image_transforms = lambda size, augmentations=(): raise_error
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_the_reason_of_any_other_error_in_the_pass_is_shown(train, tmp_path, workers):
     flags = ONE_STEP | {"skip_bad_rows": True, "dataloader_num_workers": workers, "cache_dir": tmp_path}
     run = train(break_transforms, **flags)

@@ -822,12 +822,14 @@ def killed_and_resumed(start_run):
     return killed, resumed
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_logs_each_step_once_with_the_uninterrupted_runs_numbers(
     killed_and_resumed, uninterrupted
 ):
     assert_logged_alike(killed_and_resumed[1].folder, uninterrupted.folder)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_wandb_run(killed_and_resumed, uninterrupted):
     ids = []
     for run in (*killed_and_resumed, uninterrupted):

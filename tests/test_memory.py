@@ -147,6 +147,7 @@ def test_the_offloaded_average_meets_the_weights_on_one_device():
         assert {weight.device.type for weight in weights} == {"cuda"}
 
 
+@pytest.mark.slow
 def test_the_average_is_the_same_with_and_without_offloading(train):
     """On a CPU, bit for bit, with a part of the prior frozen."""
     flags = {"use_ema": True, "max_train_steps": 3, "checkpointing_steps": 3, "learning_rate": 1e-3}

@@ -167,7 +167,7 @@ def fail_to_read():
     script.load_image = load_or_fail
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_bad_row_of_one_rank_ends_the_others_in_silence(train_ranks, ranks):
     runs = train_ranks(fail_to_read, ranks=ranks, **FLAGS)
     assert [run.returncode for run in runs] == [1] * ranks, runs
@@ -240,6 +240,7 @@ def shorten_timeout(seconds, function, rank, delay, call=1):
     on_call(function, call, rank, partial(time.sleep, delay))
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_lost_after_the_short_timeout(train_ranks):
     patch = partial(shorten_timeout, 3, "reduce_metrics", 1, 6, call=2)
     runs = train_ranks(patch, **FLAGS)

@@ -128,7 +128,9 @@ MAX_ASPECT_RATIO = 8
 MIN_LOSS_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has diverged
 MAX_CURVE_POINTS = 20_000  # of the training loss: to read a million lines would take seconds each time
 MAX_BAD_ROWS = 12  # unreadable rows drawn in succession, after which the data set is considered broken
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that does not answer for so long is lost
+# A rank that does not answer for so long is lost. Accelerate would not pass on 10 minutes, its default for
+# NCCL, to gloo, whose own default is 30.
+COLLECTIVE_TIMEOUT = timedelta(minutes=9)
 SLOW_TIMEOUT = timedelta(hours=3)  # the same where ranks wait for one that downloads, encodes or saves
 BATCH_TIMEOUT = 10  # seconds without a batch after which a requested stop no longer waits for it
 DUPLICATE_SIGTERM = 2.0  # seconds within which two are one: a scheduler and torchrun may both send it

@@ -240,6 +240,22 @@ def shorten_timeout(seconds, function, rank, delay, call=1):
     on_call(function, call, rank, partial(time.sleep, delay))
 
 
+def check_timeout():
+    init_process_group = torch.distributed.init_process_group
+
+    def check_and_init(*args, timeout=None, **kwargs):
+        assert timeout == script.COLLECTIVE_TIMEOUT
+        return init_process_group(*args, timeout=timeout, **kwargs)
+
+    torch.distributed.init_process_group = check_and_init
+
+
+def test_the_short_timeout_reaches_pytorch(train_ranks):
+    """Accelerate leaves out what equals its default for another backend."""
+    runs = train_ranks(check_timeout, **FLAGS)
+    assert [run.returncode for run in runs] == [0, 0], runs
+
+
 @pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_lost_after_the_short_timeout(train_ranks):
     patch = partial(shorten_timeout, 3, "reduce_metrics", 1, 6, call=2)

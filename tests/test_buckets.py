@@ -350,6 +350,7 @@ def test_a_resumed_run_has_the_same_bits(train_shapes, tmp_path, stop, flags):
     assert_continues_as(again, run, stop, 7)
 
 
+@pytest.mark.slow
 def test_cached_latents_give_the_same_losses(train_shapes, tmp_path):
     run = train_shapes()
     cached = train_shapes(cache_latents=True, cache_dir=tmp_path)

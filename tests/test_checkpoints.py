@@ -694,7 +694,8 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("case", ["dropout", pytest.param("without dropout", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SPLITS)
 def test_a_run_goes_on_with_another_number_of_ranks(case, train, train_ranks, steady_prior, models, tmp_path):
     """And follows the unbroken one to rounding: samples, crops, captions, noise and timesteps are the same
     and, as long as the micro-batches are, dropout's masks."""

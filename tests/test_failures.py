@@ -114,6 +114,7 @@ def test_used_up_shared_memory_is_named_with_the_way_out(models, pictures, tmp_p
     assert "shared memory" in last_line and "--shm-size" in last_line
 
 
+@pytest.mark.slow
 def test_an_error_in_an_edit_shows_its_traceback(models, pictures, tmp_path, run_main, monkeypatch):
     """An augmentation that fails is not an unreadable row, which --skip_bad_rows would hide."""
 

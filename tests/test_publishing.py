@@ -299,6 +299,7 @@ def test_wandb_gets_the_metrics_and_the_images_with_their_captions(guide):
         assert tag in records
 
 
+@pytest.mark.slow
 def test_the_guides_command_uploads_what_a_user_needs_and_no_more(guide):
     run = guide(resolution=64)
     files = run.hub.files("tester/wuerstchen-prior-naruto-model")
@@ -321,6 +322,7 @@ def test_the_guides_command_uploads_what_a_user_needs_and_no_more(guide):
     assert {token for _, path, token in run.hub.requests if "/commit/" in path} == {f"Bearer {TOKEN}"}
 
 
+@pytest.mark.slow
 def test_the_guides_command_shows_the_token_to_the_hub_only(guide, tmp_path_factory):
     """It is in no byte that is written, printed or uploaded, including the working folder and the caches."""
     run = guide(resolution=64)
@@ -346,6 +348,7 @@ def test_the_token_is_not_logged(run_main, models, pictures, tmp_path, tracker):
 # --------------------------------------------------------------------------------- the result and its loading
 
 
+@pytest.mark.slow
 def test_the_guides_snippet_generates_with_the_trained_prior(guide, models):
     run = guide(resolution=64)
     names = {}
@@ -364,6 +367,7 @@ def test_the_guides_snippet_generates_with_the_trained_prior(guide, models):
     assert same_weights(dict(pipeline.decoder.named_parameters()), decoder)
 
 
+@pytest.mark.slow
 def test_the_prior_pipeline_loads_by_itself(guide, models):
     run = guide(resolution=64)
     pipeline = DiffusionPipeline.from_pretrained(run.output_dir / "prior_pipeline")
@@ -377,6 +381,7 @@ def test_the_prior_pipeline_loads_by_itself(guide, models):
     assert embeds.isfinite().all()
 
 
+@pytest.mark.slow
 def test_saved_indices_name_classes_that_every_version_has(guide):
     run = guide(resolution=64)
     root = json.loads((run.output_dir / "model_index.json").read_text())
@@ -391,6 +396,7 @@ def test_saved_indices_name_classes_that_every_version_has(guide):
         assert json.loads(file.read_text())["tokenizer_class"] in ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
+@pytest.mark.slow
 def test_no_weights_are_on_disk_twice(guide):
     """The files of prior_prior/ and of prior_pipeline/prior/ are the same, under two names."""
     run = guide(resolution=64)
@@ -403,6 +409,7 @@ def test_no_weights_are_on_disk_twice(guide):
     assert all(len(of_content) == 1 for of_content in inodes.values())
 
 
+@pytest.mark.slow
 def test_the_smallest_images_have_the_size_that_the_decoder_can_generate(guide):
     """64 pixels are latents of 2 x 2, for which the decoder has no size; 3 x 3 is the nearest one."""
     run = guide(resolution=64)
@@ -890,6 +897,7 @@ def test_the_cards_code_generates_an_image_from_the_hub(pushed):
     assert np.array_equal(np.asarray(Image.open(done.cwd / "image.png")), np.asarray(expected))
 
 
+@pytest.mark.slow
 def test_the_cards_code_generates_images_of_the_samples_size(guide, tmp_path, monkeypatch):
     run = guide(resolution=64)
     card = (run.output_dir / "README.md").read_text()

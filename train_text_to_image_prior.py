@@ -12,6 +12,7 @@ The file reads in the order in which it runs, and `main`, at its end, is the sum
 
     arguments      parse_args, public_args, explain_errors
     setup          setup_accelerator, check_destinations, init_trackers, deferred_signals
+    ranks          wait_for_slow_ranks, local_main_process_first, explain_lost_ranks, count_separate_ranks
     data           load_train_dataset, load_splits, read_captioned_images, check_rows
     samples        load_image, choose_sizes, make_augmentations, choose_caption, SamplePlan, SampleOrder
     models         load_encoders, load_prior, load_ema, make_optimizer, make_lr_scheduler
@@ -434,73 +435,6 @@ class LossyStream:
         return getattr(self.stream, name)
 
 
-@functools.cache
-def slow_group():
-    """A second group of all ranks, over gloo, for long waits. Made by the first call, of all ranks."""
-    return torch.distributed.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
-
-
-def wait_for_slow_ranks(accelerator: Accelerator):
-    """Waits until all ranks are here, for hours if need be. Other collectives give up after minutes."""
-    if accelerator.num_processes > 1:
-        torch.distributed.barrier(group=slow_group())
-
-
-@contextlib.contextmanager
-def local_main_process_first(accelerator: Accelerator) -> Iterator[None]:
-    """As `accelerator.local_main_process_first`, for what may take long, such as a download."""
-    if not accelerator.is_local_main_process:
-        wait_for_slow_ranks(accelerator)
-    yield
-    if accelerator.is_local_main_process:
-        wait_for_slow_ranks(accelerator)
-
-
-def is_first_to_end() -> bool:
-    """Whether no other rank has asked this before, or the ranks' store, where they count, is lost, too."""
-    with contextlib.suppress(Exception):
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(address, port, timeout=timedelta(seconds=10))
-        return store.add(f"ended-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
-    return True
-
-
-@contextlib.contextmanager
-def explain_lost_ranks() -> Iterator[None]:
-    """Ends a rank without a traceback if a collective failed because another rank has ended or does not
-    answer. The first rank to end says why, those that follow it nothing."""
-    try:
-        yield
-    except BaseException as error:
-        if "RANK" not in os.environ:
-            raise
-        is_first = is_first_to_end()
-        is_lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if isinstance(error, SystemExit) or not is_lost:
-            raise
-        reason = printable(next(iter(str(error).splitlines()), ""), 200)
-        message = (
-            f"rank {os.environ['RANK']}: another process has ended without a message, or cannot be reached; "
-            f"--resume_from_checkpoint=latest continues ({reason})"
-        )
-        raise SystemExit(message if is_first else 1) from None
-
-
-def count_separate_ranks(accelerator: Accelerator, folder: Path) -> int:
-    """The number of ranks that do not see a file that rank 0 writes to the folder."""
-    if accelerator.num_processes == 1:
-        return 0
-    wait_for_slow_ranks(accelerator)
-    (file,) = broadcast_object_list([folder / f".shared-{time.time_ns()}"])
-    if accelerator.is_main_process:
-        file.touch()
-    wait_for_slow_ranks(accelerator)
-    num_separate = gather_object([file.exists()]).count(False)
-    if accelerator.is_main_process:
-        file.unlink()
-    return num_separate
-
-
 def lock_output_dir(accelerator: Accelerator, output_dir: Path):
     """Locks the folder against a second run until this process ends, however it ends. All ranks must see the
     same folder."""
@@ -604,6 +538,74 @@ def exit_on_signals(received: list[int]):
             signal.signal(number, handler)
     if received:
         handler(received[0], None)
+
+
+# ------------------------------------------------------------------------------------------------------ ranks
+@functools.cache
+def slow_group():
+    """A second group of all ranks, over gloo, for long waits. Made by the first call, of all ranks."""
+    return torch.distributed.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+
+
+def wait_for_slow_ranks(accelerator: Accelerator):
+    """Waits until all ranks are here, for hours if need be. Other collectives give up after minutes."""
+    if accelerator.num_processes > 1:
+        torch.distributed.barrier(group=slow_group())
+
+
+@contextlib.contextmanager
+def local_main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """As `accelerator.local_main_process_first`, for what may take long, such as a download."""
+    if not accelerator.is_local_main_process:
+        wait_for_slow_ranks(accelerator)
+    yield
+    if accelerator.is_local_main_process:
+        wait_for_slow_ranks(accelerator)
+
+
+def is_first_to_end() -> bool:
+    """Whether no other rank has asked this before, or the ranks' store, where they count, is lost, too."""
+    with contextlib.suppress(Exception):
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(address, port, timeout=timedelta(seconds=10))
+        return store.add(f"ended-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    return True
+
+
+@contextlib.contextmanager
+def explain_lost_ranks() -> Iterator[None]:
+    """Ends a rank without a traceback if a collective failed because another rank has ended or does not
+    answer. The first rank to end says why, those that follow it nothing."""
+    try:
+        yield
+    except BaseException as error:
+        if "RANK" not in os.environ:
+            raise
+        is_first = is_first_to_end()  # asked by each rank, so that those that follow it know
+        from_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+        if not from_gloo and not isinstance(error, torch.distributed.DistError):
+            raise
+        reason = printable(next(iter(str(error).splitlines()), ""), 200)
+        message = (
+            f"rank {os.environ['RANK']}: another process has ended without a message, or cannot be reached; "
+            f"--resume_from_checkpoint=latest continues ({reason})"
+        )
+        raise SystemExit(message if is_first else 1) from None
+
+
+def count_separate_ranks(accelerator: Accelerator, folder: Path) -> int:
+    """The number of ranks that do not see a file that rank 0 writes to the folder."""
+    if accelerator.num_processes == 1:
+        return 0
+    wait_for_slow_ranks(accelerator)
+    (file,) = broadcast_object_list([folder / f".shared-{time.time_ns()}"])
+    if accelerator.is_main_process:
+        file.touch()
+    wait_for_slow_ranks(accelerator)
+    num_separate = gather_object([file.exists()]).count(False)
+    if accelerator.is_main_process:
+        file.unlink()
+    return num_separate
 
 
 # ------------------------------------------------------------------------------------------------------- data

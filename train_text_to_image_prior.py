@@ -2454,14 +2454,16 @@ def save_contact_sheet(
     prompts: list[str],
     sizes: Sequence[tuple[int, int] | None] = (None,),
     max_columns: int = 12,
+    max_images: int = 256,  # to read each takes 50 ms
     cell: int = 192,
 ):
     """Writes samples/contact-sheet.png: prompts of each size down, steps across, the first and the last among
-    them."""
-    steps = list_sample_steps(output_dir)
-    columns = np.linspace(0, len(steps) - 1, min(len(steps), max_columns)).round().astype(int)
-    steps = [steps[column] for column in columns]
+    them. Of many prompts there are fewer steps, but at least three."""
     rows = [(prompt, f"{size[0]}x{size[1]}" if size else "") for size in sizes for prompt in prompts]
+    steps = list_sample_steps(output_dir)
+    num_columns = min(len(steps), max_columns, max(3, max_images // len(rows)))
+    columns = np.linspace(0, len(steps) - 1, num_columns).round().astype(int)
+    steps = [steps[column] for column in columns]
     blank, cells = Image.new("RGB", (cell, cell), "white"), {}
     for step in steps:
         for file in (output_dir / "samples").glob(f"step-{step:07d}-prompt-*.png"):

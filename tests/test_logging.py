@@ -590,6 +590,17 @@ def test_the_contact_sheet_keeps_to_its_columns_and_to_the_first_and_last_step(
     assert labels == [f"step {100 * step}" for step in shown]
 
 
+@pytest.mark.parametrize(("num_prompts", "shown"), [(2, 12), (5, 6), (9, 3)])
+def test_of_many_prompts_the_contact_sheet_shows_fewer_steps(tmp_path, figures, num_prompts, shown):
+    prompts = [f"prompt {index}" for index in range(num_prompts)]
+    for step in range(20):
+        for index, prompt in enumerate(prompts):
+            write_sample(tmp_path, step, index, Image.new("RGB", (16, 16)), prompt)
+    script.save_contact_sheet(tmp_path, prompts, max_images=30, cell=48)
+    labels = [text for text, _ in text_boxes(figures[0]) if text.startswith("step ")]
+    assert len(labels) == shown and (labels[0], labels[-1]) == ("step 0", "step 19")
+
+
 def test_a_missing_sample_leaves_its_cell_empty(tmp_path):
     """Where validation failed once, or where a prompt was added later."""
     sheet, cells = draw_sheet(tmp_path, PROMPTS, [0, 5, 10])

@@ -593,6 +593,15 @@ def explain_lost_ranks() -> Iterator[None]:
         raise SystemExit(message if is_first else 1) from None
 
 
+def end_training(accelerator: Accelerator):
+    """Closes the trackers and the groups of ranks."""
+    # PyTorch before 2.8 hangs if it closes a group whose thread is still about to free a tensor. This wait
+    # lets it.
+    wait_for_slow_ranks(accelerator)
+    with only_warn("Closing the trackers"):
+        accelerator.end_training()
+
+
 def count_separate_ranks(accelerator: Accelerator, folder: Path) -> int:
     """The number of ranks that do not see a file that rank 0 writes to the folder."""
     if accelerator.num_processes == 1:
@@ -2319,8 +2328,7 @@ def stop_training(accelerator: Accelerator, output_dir: Path, saved: bool, statu
         logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
     else:
         logger.error(f"Stopped, but the checkpoint could not be saved; {describe_last(output_dir)}")
-    with only_warn("Closing the trackers"):
-        accelerator.end_training()
+    end_training(accelerator)
     sys.exit(status if saved else 74)
 
 
@@ -3216,8 +3224,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         if args.push_to_hub:
             push_to_hub(args.hub_model_id, output_dir, state.global_step, args.hub_token)
         log_summary(args, state.global_step, plan)
-    with only_warn("Closing the trackers"):
-        accelerator.end_training()
+    end_training(accelerator)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -133,3 +134,16 @@ def test_the_operations_are_those_that_pytorch_counts():
 
 def test_the_published_sizes_take_the_known_number_of_operations():
     assert tflop_per_image({"c_in": 16} | REAL_PRIOR, 24) == pytest.approx(3.461, rel=1e-3)
+
+
+def test_growth_is_measured_for_each_size():
+    sizes = {"rows": [100, 2000], "steps": [10, 3000], "checkpoints": [1, 30], "prompts": [1, 3]}
+    command = [sys.executable, TESTS / "benchmarks" / "growth.py"]
+    for kind, counts in sizes.items():
+        command += [f"--{kind}", *map(str, counts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| ([\d,]+) (\w+) \| (.+) \| (\S+) \| (\S+) \|$", done.stdout, re.MULTILINE)
+    found = {(kind, int(count.replace(",", ""))) for count, kind, *_ in rows}
+    assert found == {(kind, count) for kind, counts in sizes.items() for count in counts}
+    assert len(rows) == 2 * (6 + 3 + 1 + 1) and all(float(seconds) > 0 for *_, seconds, _ in rows)

@@ -2916,8 +2916,9 @@ def cache_latents(
     location = f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"
     with explain_errors("--cache_latents", location, OSError):
         folder.mkdir(parents=True, exist_ok=True)
+        num_separate = count_separate_ranks(accelerator, folder)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    if count_separate_ranks(accelerator, folder):
+    if num_separate:
         rank = accelerator.local_process_index
         num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
     own_shards = shards[rank::num_ranks]

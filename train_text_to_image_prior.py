@@ -11,11 +11,11 @@ To resume, run the same command again with --resume_from_checkpoint=latest. The 
 The file reads in the order in which it runs, and `main`, at its end, is the summary:
 
     arguments      parse_args, public_args, explain_errors
-    setup          setup_accelerator, check_destinations, init_trackers, deferred_signals
-    ranks          wait_for_slow_ranks, local_main_process_first, explain_lost_ranks, count_separate_ranks
+    setup          setup_accelerator, lock_output_dir, check_destinations, init_trackers, deferred_signals
+    ranks          wait_for_slow_ranks, explain_lost_ranks, end_training, count_separate_ranks
     data           load_train_dataset, load_splits, read_captioned_images, check_rows
     samples        load_image, choose_sizes, make_augmentations, choose_caption, SamplePlan, SampleOrder
-    models         load_encoders, load_prior, load_ema, make_optimizer, make_lr_scheduler
+    models         load_encoders, load_prior, load_ema, update_ema, make_optimizer, make_lr_scheduler
     diffusion      encode_batch, sample_noise, sample_timesteps, diffusion_loss
     validation     is_validation_due, Validator
     checkpoints    TrainState, find_checkpoint, load_train_state, save_checkpoint
@@ -910,7 +910,9 @@ def make_image_dataset(rows: list[dict]) -> datasets.Dataset:
     features["image"] = datasets.Image(decode=False)
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
-        modified = os.path.getmtime(row["image"]) if os.path.exists(row["image"]) else None
+        modified = None
+        with contextlib.suppress(OSError, ValueError):  # a missing file, a name with a null character
+            modified = os.path.getmtime(row["image"])
         digest.update(repr((row, modified)).encode())
     return datasets.Dataset(
         datasets.table.InMemoryTable(table),

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: tiny models, real pictures, and two ways to run the real command.
+"""What all tests share. Three fixtures run the real command, with tiny models, 64 real images and no network:
 
-`run_script` starts a fresh process, as a user does, and pays ten seconds for the imports. `run_main` forks
-this process, which has imported everything already, and calls `main`; what a test has monkeypatched is
-patched in there too. Both run in an empty folder and never reach the network.
+    run = train(max_train_steps=2)                  in a fork of this process, which has all imports done
+    run = train_fresh(launcher=("-m", "torch.distributed.run"))     in a new process, 10 seconds slower
+    runs = train_ranks(ranks=2)                     in a fork for each rank; they train together, over gloo
+
+Keywords are the command's flags, on top of those in `tiny_args`; others are explained at each fixture. A run
+starts in an empty folder of its own. A `Run` has its exit status, its output, and readers of what it wrote.
+
+A fork has what the test has monkeypatched, and runs what is given as `patch`; it cannot have another value of
+what libraries read when they are imported (HF_ENDPOINT, OMP_NUM_THREADS): that needs a new process.
 """
 
 import functools
@@ -14,6 +20,8 @@ import os
 import random
 import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,12 +29,13 @@ import threading
 import time
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from io import BytesIO
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 SCRIPT = TESTS.parent / "train_text_to_image_prior.py"
-PICTURES = TESTS / "data" / "emoji-64"
+IMAGES = TESTS / "data" / "emoji-64"
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 # The libraries read all of these when they are imported.
@@ -53,7 +62,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState  # no
 from diffusers import DDPMWuerstchenScheduler  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # noqa: E402
+from tensorboard.util.tensor_util import make_ndarray  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
 import train_text_to_image_prior as script  # noqa: E402
@@ -63,23 +73,52 @@ from modeling_efficient_net_encoder import EfficientNetEncoder  # noqa: E402
 # wait for it for ever. With one thread it starts none.
 torch.set_num_threads(1)
 PartialState(cpu=True)  # the script's logger asks it for the rank
+FORKING = threading.Lock()  # two threads that fork at the same time can block each other's child
 
 
 def pytest_unconfigure():
     shutil.rmtree(CACHE, ignore_errors=True)
 
 
-def tiny_args(models, pictures, output_dir, **flags):
-    """The command line of a quick run: three updates on four pictures each.
+# --------------------------------------------------------------------------------- models, images and flags
 
-    `flags` override and add: True is a bare flag, None or False removes one, a list stands for several
-    values.
+
+@pytest.fixture(scope="session")
+def images():
+    """A folder of 64 captioned images with metadata.jsonl."""
+    return IMAGES
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A folder with tiny models in `prior`, `decoder` and `encoder`. Do not write to it."""
+    from tiny_models import make_tiny_models
+
+    folder = tmp_path_factory.mktemp("models")
+    make_tiny_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def steady_prior(models, tmp_path_factory):
+    """A folder with the tiny prior's pipeline, its dropout at 0, so that a test can compute a step again."""
+    folder = tmp_path_factory.mktemp("steady") / "prior"
+    shutil.copytree(models / "prior", folder)
+    config = folder / "prior" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dropout": 0.0}))
+    return folder
+
+
+def tiny_args(models, images, output_dir, **flags):
+    """The command line of a quick run: three steps of four images each.
+
+    `flags` override and add: True is a bare flag, None or False removes one, a list gives several.
     """
     settings = {
         "pretrained_prior_model_name_or_path": models / "prior",
         "pretrained_decoder_model_name_or_path": models / "decoder",
         "pretrained_image_encoder_name_or_path": models / "encoder",
-        "train_data_dir": pictures,
+        "train_data_dir": images,
         "output_dir": output_dir,
         "resolution": 64,
         "train_batch_size": 4,
@@ -100,21 +139,150 @@ def tiny_args(models, pictures, output_dir, **flags):
     return args
 
 
-class Finished:
-    """A run of `main` that has ended: its exit status (-N: killed by signal N), what it wrote to stdout and
-    stderr."""
+# --------------------------------------------------------------------------------------------------- readers
 
-    def __init__(self, returncode, output):
-        self.returncode = returncode
-        self.output = output
+
+def load_weights(folder):
+    """The weights of a diffusers model in its folder."""
+    return load_file(Path(folder) / "diffusion_pytorch_model.safetensors")
+
+
+def load_optimizer_state(checkpoint):
+    """AdamW's moments and counts in a checkpoint, by name."""
+    saved = torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True)
+    state = saved.get("optimizer", saved)["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value) for index in state for name, value in state[index].items()
+    }
+
+
+def read_wandb(folder):
+    """The records of wandb's newest offline file below a folder (WANDB_DIR of the run), in wandb's own type.
+
+    It is in LevelDB's log format: fragments with a header of 7 bytes, in blocks of 32 KiB.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    files = folder.glob("wandb/offline-run-*/*.wandb")  # Accelerate 1.10 starts a run twice
+    data = max(files, key=lambda file: file.parent.name).read_bytes()
+    at, payload, records = 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        size, kind = struct.unpack_from("<HB", data, at + 4)
+        payload += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a complete record, or the last fragment of one
+            records.append(Record.FromString(payload))
+            payload = b""
+    return records
+
+
+class Output:
+    """An --output_dir, `folder`, and readers of what is in there. No step may come twice."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def prior(self, step=None, name="prior"):
+        """The weights of the prior, in the checkpoint of a step or in the result."""
+        return load_weights(self.folder / ("prior_pipeline" if step is None else f"checkpoint-{step}") / name)
+
+    def losses(self, column="train_loss"):
+        """A column of loss.jsonl, {step: number}."""
+        rows = [json.loads(line) for line in (self.folder / "loss.jsonl").read_text().splitlines()]
+        numbers = [(row["step"], row[column]) for row in rows if column in row]
+        assert [step for step, _ in numbers] == sorted({step for step, _ in numbers}), column
+        return dict(numbers)
+
+    def samples(self):
+        """The validation images, {(step, index of the prompt): pixels}."""
+        pattern = re.compile(r"step-(\d{7})-prompt-(\d+)\.png")
+        found = {path: pattern.fullmatch(path.name) for path in sorted((self.folder / "samples").iterdir())}
+        assert [path.name for path, match in found.items() if not match] in ([], ["contact-sheet.png"])
+        return {(int(m[1]), int(m[2])): np.asarray(Image.open(path)) for path, m in found.items() if m}
+
+    def logged(self, tag=None):
+        """What TensorBoard shows of a tag, {step: number, text or pixels}, or of each, {tag: {step: ...}}."""
+        shown, folder = {}, self.folder / "logs" / "text2image-fine-tune"
+        events = EventAccumulator(str(folder), {"tensors": 0}).Reload()
+        for name in events.Tags()["tensors"]:
+            if name.startswith("_"):  # of TensorBoard's plugin for settings
+                continue
+            values = [(event.step, make_ndarray(event.tensor_proto)) for event in events.Tensors(name)]
+            assert [step for step, _ in values] == sorted({step for step, _ in values}), name
+            if name.endswith("/text_summary"):
+                shown[name] = {step: value.item().decode() for step, value in values}
+            elif name.startswith("validation/"):  # width, height, image
+                shown[name] = {step: np.asarray(Image.open(BytesIO(value[2]))) for step, value in values}
+            else:
+                shown[name] = {step: value.item() for step, value in values}
+        return shown if tag is None else shown[tag]
+
+
+class Run(Output):
+    """A run of the command. `returncode` is -N if signal N killed it, and None while it runs.
+
+    `cwd` is the folder it started in, `process` a Popen (of `train_fresh`) or a multiprocessing.Process.
+    Either leads a process group of its own.
+    """
+
+    def __init__(self, tmp_path_factory, output_dir=None):
+        self.place = tmp_path_factory.mktemp("run")
+        self.cwd, self.log, self.record_file = (self.place / name for name in ("cwd", "log", "record.pt"))
+        self.cwd.mkdir()
+        super().__init__(self.cwd / (output_dir or self.place / "out"))
+        self.process = self.returncode = None
 
     def __repr__(self):  # pytest shows it when an assertion about it fails
         return f"exit status {self.returncode} after:\n{self.output}"
 
+    def finish(self, timeout=300):
+        """Waits for the end. After `timeout` seconds it kills the run and fails the test."""
+        fresh = isinstance(self.process, subprocess.Popen)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout) if fresh else self.process.join(timeout)
+        self.returncode = self.process.returncode if fresh else self.process.exitcode
+        if self.returncode is None:
+            self.kill()
+            pytest.fail(f"the run did not end in {timeout} seconds; it wrote:\n{self.output}")
+        return self
 
-def main_in_child(args, env, folder, log):
-    """Make a forked process look like one that has just been started, then run the script's `main` in it."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    def kill(self):
+        """Kills the run and its processes, if it has not finished."""
+        if self.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
+
+    @property
+    def output(self):
+        """What it has written to stdout and stderr so far."""
+        return self.log.read_text(errors="replace")
+
+    @functools.cached_property
+    def record(self):
+        """What `record_models` has recorded, if the run had record=True."""
+        return torch.load(self.record_file, map_location="cpu")
+
+    def all(self, name):
+        """A recorded tensor of every micro-step as one batch."""
+        return torch.cat([step[name] for step in self.record["steps"]])
+
+
+# ---------------------------------------------------------------------------------------------- runs in forks
+
+
+def new_environment(env):
+    """This process's environment with these changes; a variable that is None is removed."""
+    return {name: str(value) for name, value in (os.environ | (env or {})).items() if value is not None}
+
+
+def main_in_child(run, argv, env, patch, record):
+    """Makes a forked process look like one that has just been started, and runs the script's `main` in it."""
+    os.setsid()
+    output = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
@@ -142,16 +310,17 @@ def main_in_child(args, env, folder, log):
     np.random.seed()
     torch.seed()
 
-    os.chdir(folder)
-    for name, value in env.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    sys.argv = [str(SCRIPT), *args]
-
+    os.chdir(run.cwd)
+    env = new_environment(env)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [str(SCRIPT), *argv]
+    status = 0
     try:
-        script.main(args)
+        with record_models(run.record_file) if record else nullcontext():
+            if patch is not None:
+                patch()
+            sys.modules[script.__name__].main(argv)  # a patch may have put an edited script there
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -159,122 +328,52 @@ def main_in_child(args, env, folder, log):
     except BaseException:
         traceback.print_exc()
         status = 1
-    else:
-        status = 0
     # A forked child would wait for the loader's workers, whereas they end when their parent does.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-@pytest.fixture(scope="session")
-def pictures():
-    """A folder of 64 captioned pictures with metadata.jsonl."""
-    return PICTURES
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """A folder with tiny models in `prior`, `decoder` and `encoder`. Shared by all tests: do not write to
-    it."""
-    from tiny_models import make_tiny_models
-
-    folder = tmp_path_factory.mktemp("models")
-    make_tiny_models(folder)
-    return folder
-
-
-@pytest.fixture
-def run_script(tmp_path_factory):
-    """run_script(args, launcher=(), timeout=600, **env): the script in a fresh process, a CompletedProcess of
-    text.
-
-    `launcher` goes between python and the script: ("-m", "torch.distributed.run", "--nproc_per_node", "2").
-    An environment variable that is None is removed.
-    """
-
-    def run(args, launcher=(), timeout=600, **env):
-        environment = {name: value for name, value in (os.environ | env).items() if value is not None}
-        return subprocess.run(
-            [sys.executable, *launcher, str(SCRIPT), *map(str, args)],
-            cwd=tmp_path_factory.mktemp("cwd"),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-
-    return run
-
-
-FORKING = threading.Lock()  # two threads that fork at the same time can block each other's child
-
-
-@pytest.fixture(scope="session")
-def run_main(tmp_path_factory):
-    """run_main(args, timeout=300, **env): the script's `main` in a fork of this process, as a `Finished`.
-
-    `env` works as in `run_script`, except for what libraries read when they are imported (HF_HUB_OFFLINE,
-    HF_ENDPOINT, OMP_NUM_THREADS, ...): that needs a fresh process.
-    """
-
-    def run(args, timeout=300, **env):
-        folder = tmp_path_factory.mktemp("cwd")
-        log = folder.parent / f"{folder.name}.log"
-        child = multiprocessing.get_context("fork").Process(
-            target=main_in_child, args=([str(arg) for arg in args], env, folder, log)
-        )
-        with FORKING:
-            child.start()
-        child.join(timeout)
-        if child.is_alive():
-            child.kill()
-            child.join()
-            pytest.fail(
-                f"main did not end in {timeout} seconds; it wrote:\n{log.read_text(errors='replace')}"
-            )
-        return Finished(child.exitcode, log.read_text(errors="replace"))
-
-    return run
-
-
-# ------------------------------------------------------------- runs whose inputs and outputs are recorded
-
-
-def watch_main(main, file, patch, argv):
-    """In the forked child: runs `main`, writes down what went in and out of the models, and saves that to
-    `file`.
+@contextmanager
+def record_models(file):
+    """In the child, around `main`: records what goes in and out of the models, and saves that.
 
     `steps` has a dict for each micro-step, `rates` and `clipped` the rate and the gradient's norm of each
-    update.
+    step, `frozen` the weights of the encoders at the end.
     """
     record = {"steps": [], "rates": [], "clipped": [], "frozen": {}}
     latest, frozen = {}, {}
 
-    def watch(cls, name, note):
-        original = getattr(cls, name)
+    def after(cls, name):  # calls the decorated function after each call of a method
+        def watch(note):
+            original = getattr(cls, name)
 
-        @functools.wraps(original)
-        def method(self, *args, **kwargs):
-            result = original(self, *args, **kwargs)
-            note(self, result, *args, **kwargs)
-            return result
+            @functools.wraps(original)
+            def method(self, *args, **kwargs):
+                result = original(self, *args, **kwargs)
+                note(self, result, *args, **kwargs)
+                return result
 
-        setattr(cls, name, method)
+            setattr(cls, name, method)
 
+        return watch
+
+    @after(EfficientNetEncoder, "forward")
     def note_encoder(encoder, latents, pixels):
         frozen.setdefault("image_encoder", encoder)
         latest.update(pixels=pixels, latents=latents, image_encoder_training=encoder.training)
 
+    @after(CLIPTextModel, "forward")
     def note_text(encoder, output, input_ids, attention_mask, **_):
         frozen.setdefault("text_encoder", encoder)
         latest.update(ids=input_ids, mask=attention_mask, text_encoder_training=encoder.training)
 
+    @after(DDPMWuerstchenScheduler, "add_noise")
     def note_noise(scheduler, noisy, samples, noise, timesteps):
         if samples.dim() == 4:
             latest.update(image_embeds=samples, noise=noise, timesteps=timesteps)
 
+    @after(script.wuerstchen.WuerstchenPrior, "forward")
     def note_prior(prior, pred_noise, x, r, c):  # the pipeline names its arguments
         if prior.training:
             step = {"noisy": x, "given": r, "prompt_embeds": c, "pred": pred_noise}
@@ -283,143 +382,89 @@ def watch_main(main, file, patch, argv):
                 {k: v.detach().clone() if torch.is_tensor(v) else v for k, v in (latest | step).items()}
             )
 
-    def note_update(optimizer, _, *args):
+    @after(torch.optim.AdamW, "step")
+    def note_rate(optimizer, _, *args):
         record["rates"].append(optimizer.param_groups[0]["lr"])
 
+    @after(AcceleratedOptimizer, "step")
     def note_gradients(optimizer, *_):
         if optimizer.gradient_state.sync_gradients:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            record["clipped"].append(
-                torch.stack([gradient.double().norm() for gradient in gradients]).norm().item()
-            )
+            record["clipped"].append(torch.stack([g.double().norm() for g in gradients]).norm().item())
 
-    watch(EfficientNetEncoder, "forward", note_encoder)
-    watch(CLIPTextModel, "forward", note_text)
-    watch(DDPMWuerstchenScheduler, "add_noise", note_noise)
-    watch(script.wuerstchen.WuerstchenPrior, "forward", note_prior)
-    watch(torch.optim.AdamW, "step", note_update)
-    watch(AcceleratedOptimizer, "step", note_gradients)
-    if patch is not None:
-        patch()
     try:
-        main(argv)
+        yield
     finally:
         record["frozen"] = {name: dict(model.state_dict()) for name, model in frozen.items()}
         torch.save(record, file)
 
 
-class Run:
-    """A finished run of the command."""
-
-    def __init__(self, finished, folder, record):
-        self.returncode, self.output, self.folder = finished.returncode, finished.output, folder
-        self.record = torch.load(record, map_location="cpu") if record.exists() else None
-
-    def __repr__(self):
-        return f"exit status {self.returncode} after:\n{self.output}"
-
-    def logged(self, tag):
-        """What TensorBoard shows of a number: {update: value}."""
-        events = EventAccumulator(str(self.folder / "logs" / "text2image-fine-tune"), {"scalars": 0}).Reload()
-        scalars = events.Scalars(tag)
-        assert len({scalar.step for scalar in scalars}) == len(scalars), (
-            f"{tag} is logged twice for an update"
-        )
-        return {scalar.step: scalar.value for scalar in scalars}
-
-    def prior(self, step=None, name="prior"):
-        """The weights of the prior, in the checkpoint of an update or in the result."""
-        folder = self.folder / ("prior_pipeline" if step is None else f"checkpoint-{step}") / name
-        return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-    def all(self, name):
-        """A recorded tensor of every micro-step as one batch."""
-        return torch.cat([step[name] for step in self.record["steps"]])
-
-
 @pytest.fixture(scope="session")
-def finished_runs():
-    return {}
+def start_run(models, images, tmp_path_factory):
+    """start_run(launch, argv, **flags): a Run; launch(run, argv) is called to start its process."""
+
+    def start(launch, argv=None, **flags):
+        run = Run(tmp_path_factory, flags.get("output_dir"))
+        flags = {"output_dir": run.folder, "report_to": "tensorboard"} | flags
+        argv = argv or tiny_args(models, images, **flags)
+        with FORKING:
+            run.process = launch(run, [str(word) for word in argv])
+        return run
+
+    return start
+
+
+def fork(run, argv, env, patch, record):
+    """Starts `main_in_child`."""
+    arguments = (run, argv, env, patch, record)
+    process = multiprocessing.get_context("fork").Process(target=main_in_child, args=arguments)
+    process.start()
+    return process
+
+
+FINISHED = {}  # runs by their flags, see `reuse`
+PATCHED = []  # whether the test that runs has monkeypatched
 
 
 @pytest.fixture
-def train(run_main, finished_runs, models, pictures, tmp_path_factory, monkeypatch):
-    """train(patch=None, env=None, **flags): a Run with these flags; what has been run before is not run
-    again.
+def monkeypatch(monkeypatch):
+    """pytest's own. A test that has it gets no earlier run, as its patches are not in there."""
+    PATCHED.append(True)
+    yield monkeypatch
+    PATCHED.pop()
 
-    `patch` is called in the child before `main`, to patch what it likes.
-    """
 
-    def train(patch=None, env=None, **flags):
-        key = repr((patch, env, sorted(flags.items())))
-        if key not in finished_runs or "resume_from_checkpoint" in flags:
-            folder = Path(flags.get("output_dir") or tmp_path_factory.mktemp("run") / "out")
-            record = tmp_path_factory.mktemp("record") / "record.pt"
-            monkeypatch.setattr(script, "main", functools.partial(watch_main, script.main, record, patch))
-            settings = {"report_to": "tensorboard", "output_dir": folder} | flags
-            done = run_main(tiny_args(models, pictures, **settings), **(env or {}))
-            monkeypatch.undo()
-            finished_runs[key] = Run(done, folder, record)
-        return finished_runs[key]
-
-    return train
+def reuse(start, patch, record, flags, *more):
+    """An earlier run with the same flags, if there is one, or start()."""
+    if PATCHED or {"output_dir", "resume_from_checkpoint"} & flags.keys():
+        return start()
+    key = repr((patch, more, sorted(flags.items())))
+    if key not in FINISHED or (record and not FINISHED[key][0]):
+        FINISHED[key] = record, patch, start()  # with `patch`, whose address is in the key
+    return FINISHED[key][2]
 
 
 @pytest.fixture(scope="session")
-def steady_prior(models, tmp_path_factory):
-    """The tiny prior with its dropout at 0, so that a step can be computed anew."""
-    folder = tmp_path_factory.mktemp("steady") / "prior"
-    shutil.copytree(models / "prior", folder)
-    config = folder / "prior" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dropout": 0.0}))
-    return folder
+def train(start_run):
+    """train(patch=None, env=None, timeout=300, record=False, argv=None, **flags): a finished Run.
 
+    patch: called in the child before `main`.
+    env: environment variables; None removes one.
+    record: whether to record what goes in and out of the models (`Run.record`, `Run.all`).
+    argv: the whole command line, in place of that which is made from `flags`; then give `output_dir`, too.
 
-def same_weights(left, right):
-    """Whether two sets of weights are the same, bit for bit."""
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    A run with the same arguments is not run again, unless the test has `monkeypatch`, or gives output_dir or
+    resume_from_checkpoint.
+    """
 
+    def train(patch=None, env=None, timeout=300, record=False, argv=None, **flags):
+        def start():
+            launch = functools.partial(fork, env=env, patch=patch, record=record)
+            return start_run(launch, argv, **flags).finish(timeout)
 
-def distance(left, right):
-    """The largest difference between two sets of weights."""
-    assert left.keys() == right.keys()
-    return max((left[name].double() - right[name].double()).abs().max().item() for name in left)
+        return reuse(start, patch, record, flags, env, argv)
 
-
-def load_optimizer_state(checkpoint):
-    """AdamW's moments and counts in a checkpoint, by name."""
-    state = torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True)["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value) for index in state for name, value in state[index].items()
-    }
-
-
-def resumed(train, run, update, tmp_path, by="latest", **flags):
-    """The run taken up again from one of its checkpoints, in a folder that holds that checkpoint alone."""
-    folder = tmp_path / f"from-{update}"
-    shutil.copytree(run.folder / f"checkpoint-{update}", folder / f"checkpoint-{update}")
-    by = folder / f"checkpoint-{update}" if by == "path" else by
-    again = train(**flags, output_dir=folder, resume_from_checkpoint=by)
-    assert again.returncode == 0, again
-    return again
-
-
-def assert_continues_as(again, run, update, last):
-    """Everything after `update` is what the unbroken run has."""
-    for later in range(update + 1, last + 1):
-        assert same_weights(again.prior(later), run.prior(later)), f"the weights of update {later}"
-        here, there = (load_optimizer_state(r.folder / f"checkpoint-{later}") for r in (again, run))
-        assert same_weights(here, there), f"the optimizer's state of update {later}"
-        if (run.folder / f"checkpoint-{later}" / "prior_ema").exists():
-            assert same_weights(again.prior(later, "prior_ema"), run.prior(later, "prior_ema")), (
-                f"the average, {later}"
-            )
-    assert same_weights(again.prior(), run.prior())
-    for tag in ("train_loss", "grad_norm", "lr"):
-        expected = {step: value for step, value in run.logged(tag).items() if step > update}
-        assert again.logged(tag) == expected, tag
-    for picture in (again.folder / "samples").glob("step-*.png"):
-        assert picture.read_bytes() == (run.folder / "samples" / picture.name).read_bytes(), picture.name
+    return train
 
 
 @contextmanager
@@ -444,20 +489,117 @@ def store_of_ranks():
         server.join()
 
 
-def read_curve(folder, column):
-    """A column of loss.jsonl, {step: number}. No step may come twice."""
-    rows = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
-    numbers = [(row["step"], row[column]) for row in rows if column in row]
-    assert [step for step, _ in numbers] == sorted({step for step, _ in numbers}), column
-    return dict(numbers)
+@pytest.fixture(scope="session")
+def train_ranks(start_run, tmp_path_factory):
+    """train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags): the Run of
+    each rank. As `train`, except that env(rank) gives a rank's environment."""
+
+    def train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags):
+        envs = [env(rank) if env else {} for rank in range(ranks)]
+
+        def start():
+            folder = {"output_dir": tmp_path_factory.mktemp("ranks") / "out"} | flags
+            torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+            torchrun |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+            torchrun |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            runs = []
+            with store_of_ranks() as port:
+                try:
+                    for rank, more in enumerate(envs):
+                        place = {"MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+                        launch = functools.partial(
+                            fork, env=torchrun | place | more, patch=patch, record=record
+                        )
+                        runs.append(start_run(launch, argv, **folder))
+                    return [run.finish(timeout) for run in runs]
+                finally:
+                    for run in runs:
+                        run.kill()
+
+        return reuse(start, patch, record, flags, envs, argv)
+
+    return train_ranks
 
 
-def read_samples(folder):
-    """The validation images in samples/, {(step, index of the prompt): pixels}."""
-    pattern = re.compile(r"step-(\d{7})-prompt-(\d+)\.png")
-    found = {path: pattern.fullmatch(path.name) for path in sorted((folder / "samples").iterdir())}
-    assert [path.name for path, match in found.items() if not match] in ([], ["contact-sheet.png"])
-    return {(int(m[1]), int(m[2])): np.asarray(Image.open(path)) for path, m in found.items() if m}
+# ------------------------------------------------------------------------------------ runs in new processes
+
+PATCHED_SCRIPT = """
+import sys
+sys.path.insert(0, {folder!r})
+import train_text_to_image_prior as script
+{patch}
+script.main()
+"""
+
+
+def run_command(command, env=None, cwd=None, timeout=300):
+    """Any other command in a new process: a CompletedProcess, whose `stdout` has both streams as text."""
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=new_environment(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture(scope="session")
+def train_fresh(start_run):
+    """train_fresh(launcher=(), env=None, timeout=600, patch="", wrapper=(), wait=True, stdout=None,
+    argv=None, **flags): a Run.
+
+    launcher: words between python and the script: ("-m", "torch.distributed.run", "--nproc_per_node", "2").
+    patch: lines of Python that run before `main`, in which `script` is the script.
+    wrapper: words before python: ("nice", "-n", "19").
+    wait: whether to wait for the end; otherwise call `finish()`. Meanwhile `run.output` can be read, and
+        signals be sent to `run.process`.
+    stdout: a file or subprocess.PIPE in place of the log, for both streams; `run.output` is empty then.
+    env, argv: as for `train`. Nothing is reused.
+    """
+    runs = []
+
+    def train_fresh(
+        launcher=(), env=None, timeout=600, patch="", wrapper=(), wait=True, stdout=None, argv=None, **flags
+    ):
+        def launch(run, argv):
+            program = run.place / "patched.py" if patch else SCRIPT
+            if patch:
+                program.write_text(PATCHED_SCRIPT.format(folder=str(SCRIPT.parent), patch=patch))
+            with open(run.log, "w") as log:
+                return subprocess.Popen(
+                    [*wrapper, sys.executable, *launcher, str(program), *argv],
+                    cwd=run.cwd,
+                    env=new_environment(env),
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout or log,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
+                )
+
+        runs.append(start_run(launch, argv, **flags))
+        return runs[-1].finish(timeout) if wait else runs[-1]
+
+    yield train_fresh
+    for run in runs:
+        run.kill()
+
+
+# ------------------------------------------------------------------------------------------------ comparisons
+
+
+def same_weights(left, right):
+    """Whether two sets of weights are the same, bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def distance(left, right):
+    """The largest difference between two sets of weights."""
+    assert left.keys() == right.keys()
+    return max((left[name].double() - right[name].double()).abs().max().item() for name in left)
 
 
 def equal_images(left, right):
@@ -465,62 +607,28 @@ def equal_images(left, right):
     return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)
 
 
-class Samples:
-    """The script's samples by position, of rows whose images all have one size."""
-
-    def __init__(self, rows, preprocess, seed, skip_bad_rows, resolution=64):
-        self.rows = script.SizedRows(rows, [(resolution, resolution)], np.zeros(len(rows), np.int64))
-        plan = script.SamplePlan(
-            seed=seed,
-            num_rows=len(rows),
-            rows_hash="",
-            num_processes=1,
-            train_batch_size=1,
-            gradient_accumulation_steps=1,
-        )
-        self.order = script.SampleOrder(self.rows, plan)
-        self.dataset = script.SampleDataset(self.rows, preprocess, seed, skip_bad_rows)
-
-    def __getitem__(self, position):
-        return self.dataset[position, self.order.row(position)]
+def resumed(train, run, step, tmp_path, by="latest", **flags):
+    """The run continued from one of its checkpoints, in a folder that holds that checkpoint alone."""
+    folder = tmp_path / f"from-{step}"
+    shutil.copytree(run.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    by = folder / f"checkpoint-{step}" if by == "path" else by
+    again = train(**flags, output_dir=folder, resume_from_checkpoint=by)
+    assert again.returncode == 0, again
+    return again
 
 
-@pytest.fixture
-def train_ranks(run_main, finished_runs, models, pictures, tmp_path_factory, monkeypatch):
-    """As `train`, with ranks over gloo in as many forks, by default two; gives the Run of each.
-
-    `env` gives one rank's environment, from its number.
-    """
-
-    def train_ranks(patch=None, ranks=2, env=lambda rank: {}, **flags):
-        key = repr(("ranks", ranks, patch, env(1), sorted(flags.items())))
-        if key not in finished_runs or "resume_from_checkpoint" in flags:
-            folder = Path(flags.get("output_dir") or tmp_path_factory.mktemp("ranks") / "out")
-            settings = {"report_to": "tensorboard", "output_dir": folder} | flags
-            args, main = tiny_args(models, pictures, **settings), script.main
-            records = [tmp_path_factory.mktemp("record") / "record.pt" for _ in range(ranks)]
-            monkeypatch.setattr(
-                script,
-                "main",
-                lambda argv: watch_main(main, records[int(script.os.environ["RANK"])], patch, argv),
-            )
-            torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-            runs = [None] * ranks
-
-            def start(rank, port):
-                place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-                place |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                place |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-                runs[rank] = run_main(args, timeout=120, **torchrun | place | env(rank))
-
-            with store_of_ranks() as port:
-                threads = [threading.Thread(target=start, args=(rank, port)) for rank in range(ranks)]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-            monkeypatch.undo()
-            finished_runs[key] = [Run(run, folder, record) for run, record in zip(runs, records, strict=True)]
-        return finished_runs[key]
-
-    return train_ranks
+def assert_continues_as(again, run, step, last):
+    """Everything after `step` is what the uninterrupted run has."""
+    for later in range(step + 1, last + 1):
+        assert same_weights(again.prior(later), run.prior(later)), f"the weights of step {later}"
+        here, there = (load_optimizer_state(r.folder / f"checkpoint-{later}") for r in (again, run))
+        assert same_weights(here, there), f"the optimizer's state of step {later}"
+        if (run.folder / f"checkpoint-{later}" / "prior_ema").exists():
+            average, expected = (r.prior(later, "prior_ema") for r in (again, run))
+            assert same_weights(average, expected), f"the average of step {later}"
+    assert same_weights(again.prior(), run.prior())
+    logged, expected = again.logged(), run.logged()
+    for tag in ("train_loss", "grad_norm", "lr"):
+        assert logged[tag] == {at: value for at, value in expected[tag].items() if at > step}, tag
+    for image in (again.folder / "samples").glob("step-*.png"):
+        assert image.read_bytes() == (run.folder / "samples" / image.name).read_bytes(), image.name

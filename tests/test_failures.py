@@ -6,16 +6,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from conftest import SCRIPT, script, tiny_args
+from conftest import script
 
 READERS = {"train_batch_size": 2, "max_train_steps": 20, "dataloader_num_workers": 2}
-
 OUT_OF_MEMORY = """
-import sys, torch
+import torch
 backward, calls = torch.Tensor.backward, []
 def fail_at_third(*args, **kwargs):
     calls.append(None)
@@ -23,55 +21,30 @@ def fail_at_third(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return backward(*args, **kwargs)
 torch.Tensor.backward = fail_at_third
-sys.path.insert(0, sys.argv.pop(1))
-import train_text_to_image_prior as script
-script.main()
 """
-
-
-def run_out_of_memory(args, tmp_path, launcher=()):
-    """Runs the command until its memory is used up; its status and output. It must end soon after the
-    error."""
-    program = tmp_path / "out_of_memory.py"
-    program.write_text(OUT_OF_MEMORY)
-    command = [sys.executable, *launcher, str(program), str(SCRIPT.parent), *map(str, args)]
-    with open(tmp_path / "log", "w+") as log:
-        env = os.environ | {"ACCELERATE_USE_CPU": "true"}
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path, env=env)
-        try:
-            failed_at = None
-            while process.poll() is None:
-                time.sleep(0.1)
-                if failed_at is None and "OutOfMemoryError" in (tmp_path / "log").read_text(errors="replace"):
-                    failed_at = time.monotonic()
-                if failed_at is not None and time.monotonic() - failed_at > 60:
-                    pytest.fail("it does not end:\n" + (tmp_path / "log").read_text(errors="replace"))
-        finally:
-            process.kill()
-            process.wait()
-    return process.returncode, (tmp_path / "log").read_text(errors="replace")
+MESSAGE = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 @pytest.mark.slow
-def test_an_error_in_the_training_loop_ends_the_process_and_its_workers(models, pictures, tmp_path):
-    args = tiny_args(models, pictures, tmp_path / "run", **READERS)
-    status, output = run_out_of_memory(args, tmp_path)
-    assert status == 1
-    last_line = output.strip().splitlines()[-1]
-    assert last_line == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
-
-
-@pytest.mark.slow
-def test_an_error_on_several_ranks_ends_all_of_them(models, pictures, tmp_path):
-    args = tiny_args(models, pictures, tmp_path / "run", **READERS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_error_in_the_training_loop_ends_all_processes_and_their_workers(train_fresh, ranks):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29711")
-    status, output = run_out_of_memory(args, tmp_path, launcher)
-    assert status == 1
-    assert "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB." in output
+    run = train_fresh(
+        launcher=launcher if ranks > 1 else (),
+        env={"ACCELERATE_USE_CPU": "true"},
+        patch=OUT_OF_MEMORY,
+        wait=False,
+        **READERS,
+    )
+    while "OutOfMemoryError" not in run.output and run.process.poll() is None:
+        time.sleep(0.1)
+    assert run.finish(60).returncode == 1, run
+    lines = run.output.strip().splitlines()
+    assert MESSAGE in run.output if ranks > 1 else lines[-1] == MESSAGE, run
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["training", "encoding"])
-def test_a_killed_worker_is_named_with_the_way_out(models, pictures, tmp_path, run_main, monkeypatch, cached):
+def test_a_killed_worker_is_named_with_the_way_out(train, tmp_path, monkeypatch, cached):
     # The worker of the image in the middle dies; the main process is not allowed to.
     main_process, load_image, number = os.getpid(), script.load_image, []
 
@@ -82,15 +55,12 @@ def test_a_killed_worker_is_named_with_the_way_out(models, pictures, tmp_path, r
         return load_image(value, folders)
 
     monkeypatch.setattr(script, "load_image", load)
-    flags = {"cache_latents": cached, "cache_dir": tmp_path / "cache"}
-    started = time.monotonic()
-    finished = run_main(tiny_args(models, pictures, tmp_path / "run", **READERS, **flags), timeout=120)
-    assert finished.returncode == 1, finished
-    assert time.monotonic() - started < 60
-    last_line = finished.output.strip().splitlines()[-1]
-    assert last_line.startswith("--dataloader_num_workers=2: DataLoader worker (pid"), finished
+    run = train(timeout=60, cache_latents=cached, cache_dir=tmp_path / "cache", **READERS)
+    assert run.returncode == 1, run
+    last_line = run.output.strip().splitlines()[-1]
+    assert last_line.startswith("--dataloader_num_workers=2: DataLoader worker (pid"), run
     assert "/dev/shm" in last_line and "fewer workers" in last_line
-    assert "Traceback" not in finished.output
+    assert "Traceback" not in run.output
 
 
 def can_mount():
@@ -101,30 +71,27 @@ def can_mount():
 @pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="a small /dev/shm needs the right to mount")
 @pytest.mark.parametrize("cached", [False, True], ids=["training", "encoding"])
-def test_used_up_shared_memory_is_named_with_the_way_out(models, pictures, tmp_path, cached):
-    flags = {"resolution": 256, "train_batch_size": 16, "dataloader_num_workers": 4, "max_train_steps": 3}
-    flags |= {"cache_latents": cached, "cache_dir": tmp_path / "cache"}
-    args = tiny_args(models, pictures, tmp_path / "run", **flags)
+def test_used_up_shared_memory_is_named_with_the_way_out(train_fresh, tmp_path, cached):
+    flags = {"resolution": 256, "train_batch_size": 16, "dataloader_num_workers": 4, "cache_latents": cached}
     mount = 'mount -t tmpfs -o size=8m tmpfs /dev/shm && exec "$@"'
-    command = ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, str(SCRIPT), *map(str, args)]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert finished.returncode == 1
-    last_line = finished.stderr.strip().splitlines()[-1]
-    assert last_line.startswith("--dataloader_num_workers=4: "), finished.stderr
+    wrapper = ("unshare", "-m", "sh", "-c", mount, "sh")
+    run = train_fresh(wrapper=wrapper, timeout=120, cache_dir=tmp_path / "cache", **flags)
+    assert run.returncode == 1
+    last_line = run.output.strip().splitlines()[-1]
+    assert last_line.startswith("--dataloader_num_workers=4: "), run
     assert "shared memory" in last_line and "--shm-size" in last_line
 
 
 @pytest.mark.slow
-def test_an_error_in_an_edit_shows_its_traceback(models, pictures, tmp_path, run_main, monkeypatch):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_in_an_edit_shows_its_traceback(train, monkeypatch, num_workers):
     """An augmentation that fails is not an unreadable row, which --skip_bad_rows would hide."""
 
     def fail(image):
         raise TypeError("unsupported operand")
 
     monkeypatch.setattr(script, "make_augmentations", lambda args, size: [fail])
-    for num_workers in (0, 1):
-        flags = {"skip_bad_rows": True, "max_train_steps": 1, "dataloader_num_workers": num_workers}
-        finished = run_main(tiny_args(models, pictures, tmp_path / f"run-{num_workers}", **flags), timeout=60)
-        assert finished.returncode == 1, finished
-        assert "in fail" in finished.output, finished
-        assert "TypeError: unsupported operand" in finished.output, finished
+    run = train(timeout=60, skip_bad_rows=True, max_train_steps=1, dataloader_num_workers=num_workers)
+    assert run.returncode == 1, run
+    assert "in fail" in run.output, run
+    assert "TypeError: unsupported operand" in run.output, run

@@ -37,7 +37,7 @@ from train_text_to_image_prior import (  # noqa: E402
     wuerstchen,
 )
 
-PICTURES = DATA / "emoji-64"
+IMAGES = DATA / "emoji-64"
 DEMO_DECODER = DATA / "demo-decoder"
 DEMO_RESOLUTION = 96  # 3 x 3 latents, which stand for 128 pixels
 LATENT_CHANNELS = 16
@@ -126,10 +126,10 @@ def read_images(folder, resolution):
 
 
 @torch.no_grad()
-def make_encoder(*, seed=0, pictures=PICTURES, resolution=64):
-    """An EfficientNetEncoder with random weights whose latents of `pictures` are as the prior expects them.
+def make_encoder(*, seed=0, images=IMAGES, resolution=64):
+    """An EfficientNetEncoder with random weights whose latents of `images` are as the prior expects them.
 
-    That is `(encoder(pixels) + 1) / 42` with mean 0 and deviation 1 in every channel, over all pictures and
+    That is `(encoder(pixels) + 1) / 42` with mean 0 and deviation 1 in every channel, over all images and
     places.
     """
     with seeded(seed):
@@ -139,7 +139,7 @@ def make_encoder(*, seed=0, pictures=PICTURES, resolution=64):
     for module in encoder.modules():
         if isinstance(module, (MBConv, FusedMBConv)) and module.use_res_connect:
             module.block[-1][1].weight.fill_(0.1)
-    pixels = read_images(pictures, resolution)
+    pixels = read_images(images, resolution)
 
     # Untrained batch norms let the signal grow or die on its way. Those alone are in train mode: with the
     # whole model in train mode stochastic depth would leave out layers, and the statistics would be those of
@@ -280,7 +280,7 @@ def make_tiny_models(
     folder,
     *,
     seed=0,
-    pictures=PICTURES,
+    images=IMAGES,
     resolution=64,
     text_encoder=None,
     decoder_and_vqgan=None,
@@ -291,7 +291,7 @@ def make_tiny_models(
     Args:
         folder: where to; made if missing.
         seed: of all random weights; the same seed makes the same files.
-        pictures, resolution: what the encoder is calibrated on, the side in pixels.
+        images, resolution: what the encoder is calibrated on, the side in pixels.
         text_encoder, decoder_and_vqgan: in place of the random ones.
         prior_kwargs: see `make_prior`.
     """
@@ -321,7 +321,7 @@ def make_tiny_models(
     shutil.rmtree(decoder_folder / "tokenizer")
     shutil.copytree(DATA / "clip-tokenizer", decoder_folder / "tokenizer")
 
-    make_encoder(seed=seed + 4, pictures=pictures, resolution=resolution).save_pretrained(encoder_folder)
+    make_encoder(seed=seed + 4, images=images, resolution=resolution).save_pretrained(encoder_folder)
     return prior_folder, decoder_folder, encoder_folder
 
 

@@ -114,21 +114,12 @@ def tiny_args(models, images, output_dir, **flags):
 
     `flags` override and add: True is a bare flag, None or False removes one, a list gives several.
     """
-    settings = {
-        "pretrained_prior_model_name_or_path": models / "prior",
-        "pretrained_decoder_model_name_or_path": models / "decoder",
-        "pretrained_image_encoder_name_or_path": models / "encoder",
-        "train_data_dir": images,
-        "output_dir": output_dir,
-        "resolution": 64,
-        "train_batch_size": 4,
-        "max_train_steps": 3,
-        "lr_scheduler": "constant",
-        "seed": 0,
-        "report_to": "none",
-    } | flags
+    sources = {"prior_model": "prior", "decoder_model": "decoder", "image_encoder": "encoder"}
+    settings = {f"pretrained_{name}_name_or_path": models / folder for name, folder in sources.items()}
+    settings |= {"train_data_dir": images, "output_dir": output_dir, "resolution": 64, "train_batch_size": 4}
+    settings |= {"max_train_steps": 3, "lr_scheduler": "constant", "seed": 0, "report_to": "none"}
     args = []
-    for flag, value in settings.items():
+    for flag, value in (settings | flags).items():
         if value is None or value is False:
             continue
         args.append(f"--{flag}")
@@ -414,59 +405,6 @@ def start_run(models, images, tmp_path_factory):
     return start
 
 
-def fork(run, argv, env, patch, record):
-    """Starts `main_in_child`."""
-    arguments = (run, argv, env, patch, record)
-    process = multiprocessing.get_context("fork").Process(target=main_in_child, args=arguments)
-    process.start()
-    return process
-
-
-FINISHED = {}  # runs by their flags, see `reuse`
-PATCHED = []  # whether the test that runs has monkeypatched
-
-
-@pytest.fixture
-def monkeypatch(monkeypatch):
-    """pytest's own. A test that has it gets no earlier run, as its patches are not in there."""
-    PATCHED.append(True)
-    yield monkeypatch
-    PATCHED.pop()
-
-
-def reuse(start, patch, record, flags, *more):
-    """An earlier run with the same flags, if there is one, or start()."""
-    if PATCHED or {"output_dir", "resume_from_checkpoint"} & flags.keys():
-        return start()
-    key = repr((patch, more, sorted(flags.items())))
-    if key not in FINISHED or (record and not FINISHED[key][0]):
-        FINISHED[key] = record, patch, start()  # with `patch`, whose address is in the key
-    return FINISHED[key][2]
-
-
-@pytest.fixture(scope="session")
-def train(start_run):
-    """train(patch=None, env=None, timeout=300, record=False, argv=None, **flags): a finished Run.
-
-    patch: called in the child before `main`.
-    env: environment variables; None removes one.
-    record: whether to record what goes in and out of the models (`Run.record`, `Run.all`).
-    argv: the whole command line, in place of that which is made from `flags`; then give `output_dir`, too.
-
-    A run with the same arguments is not run again, unless the test has `monkeypatch`, or gives output_dir or
-    resume_from_checkpoint.
-    """
-
-    def train(patch=None, env=None, timeout=300, record=False, argv=None, **flags):
-        def start():
-            launch = functools.partial(fork, env=env, patch=patch, record=record)
-            return start_run(launch, argv, **flags).finish(timeout)
-
-        return reuse(start, patch, record, flags, env, argv)
-
-    return train
-
-
 @contextmanager
 def store_of_ranks():
     """The port of a store which, like torchrun's, outlives each rank. It is in a process of its own: forks of
@@ -489,34 +427,83 @@ def store_of_ranks():
         server.join()
 
 
+FINISHED = {}  # finished runs by their arguments
+PATCHED = []  # not empty while a test runs that has `monkeypatch`
+
+
+@pytest.fixture
+def monkeypatch(monkeypatch):
+    """pytest's own. A test that has it gets no earlier run, as its patches are not in there."""
+    PATCHED.append(True)
+    yield monkeypatch
+    PATCHED.pop()
+
+
 @pytest.fixture(scope="session")
-def train_ranks(start_run, tmp_path_factory):
+def run_forks(start_run, tmp_path_factory):
+    """run_forks(envs, patch, timeout, record, argv, **flags): the Runs of forks with these environments."""
+
+    def fork(*args, **options):
+        process = multiprocessing.get_context("fork").Process(target=main_in_child, args=args, kwargs=options)
+        process.start()
+        return process
+
+    def run_forks(envs, patch, timeout, record, argv, **flags):
+        key = repr((envs, patch, argv, sorted(flags.items())))
+        reusable = not PATCHED and not {"output_dir", "resume_from_checkpoint"} & flags.keys()
+        if reusable and key in FINISHED and record <= FINISHED[key][1]:
+            return FINISHED[key][0]
+        runs, ranks, place = [], len(envs), {}
+        with store_of_ranks() if ranks > 1 else nullcontext() as port:
+            if ranks > 1:
+                flags = {"output_dir": tmp_path_factory.mktemp("ranks") / "out"} | flags
+                place = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+                place |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            try:
+                for rank, env in enumerate(envs):
+                    env = place | ({"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}) | env
+                    launch = functools.partial(fork, env=env, patch=patch, record=record)
+                    runs.append(start_run(launch, argv, **flags))
+                for run in runs:
+                    run.finish(timeout)
+            finally:
+                for run in runs:
+                    run.kill()
+        if reusable:
+            FINISHED[key] = runs, record, patch  # with `patch`, whose address is in the key
+        return runs
+
+    return run_forks
+
+
+@pytest.fixture(scope="session")
+def train(run_forks):
+    """train(patch=None, env=None, timeout=300, record=False, argv=None, **flags): a finished Run.
+
+    patch: called in the child before `main`.
+    env: environment variables; None removes one.
+    record: whether to record what goes in and out of the models (`Run.record`, `Run.all`).
+    argv: the whole command line, in place of that which is made from `flags`; then give `output_dir`, too.
+
+    A run with the same arguments is not run again, unless the test has `monkeypatch`, or gives output_dir or
+    resume_from_checkpoint.
+    """
+
+    def train(patch=None, env=None, timeout=300, record=False, argv=None, **flags):
+        return run_forks([env or {}], patch, timeout, record, argv, **flags)[0]
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def train_ranks(run_forks):
     """train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags): the Run of
     each rank. As `train`, except that env(rank) gives a rank's environment."""
 
     def train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags):
         envs = [env(rank) if env else {} for rank in range(ranks)]
-
-        def start():
-            folder = {"output_dir": tmp_path_factory.mktemp("ranks") / "out"} | flags
-            torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-            torchrun |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-            torchrun |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            runs = []
-            with store_of_ranks() as port:
-                try:
-                    for rank, more in enumerate(envs):
-                        place = {"MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
-                        launch = functools.partial(
-                            fork, env=torchrun | place | more, patch=patch, record=record
-                        )
-                        runs.append(start_run(launch, argv, **folder))
-                    return [run.finish(timeout) for run in runs]
-                finally:
-                    for run in runs:
-                        run.kill()
-
-        return reuse(start, patch, record, flags, envs, argv)
+        return run_forks(envs, patch, timeout, record, argv, **flags)
 
     return train_ranks
 

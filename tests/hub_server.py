@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face Hub on the loopback interface, for tests: it implements what the real client sends when the
-script loads and pushes, so that the client runs unpatched.
+script loads and pushes, so that the client runs unpatched. Large files are uploaded by LFS, not by Xet.
 
     with HubServer(tmp_path, tokens={"hf_good": {"name": "tester", "write": True}}) as hub:
         run = train_fresh(env=hub.env("hf_good"), push_to_hub=True)
@@ -14,13 +14,7 @@ import base64
 import hashlib
 import json
 import re
-import shutil
-import struct
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -49,19 +43,12 @@ ROUTES = {  # method and URL path -> method of Handler
     rf"POST {API}/preupload/main": "preupload",
     rf"POST {WEB}\.git/info/lfs/objects/batch": "lfs_batch",
     r"PUT /lfs/(?P<oid>[0-9a-f]{64})": "lfs_put",
-    rf"GET {API}/xet-write-token/main": "xet_token",
     rf"POST {API}/commit/main": "commit",
     rf"GET {API}(?:/revision/(?P<revision>[^/]+))?": "info",
     rf"GET {API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?": "tree",
     rf"POST {API}/paths-info/(?P<revision>[^/]+)": "paths_info",
     rf"(?:GET|HEAD) {WEB}/resolve/(?P<revision>[^/]+)/(?P<path>.+)": "resolve",
 }
-XET_FETCH = """
-import sys, hf_xet
-store, xet_hash, size, target = sys.argv[1:]
-with hf_xet.XetSession().new_file_download_group(f"local://{store}", "token", 1 << 40) as group:
-    group.start_download_file(hf_xet.XetFileInfo(xet_hash, int(size)), target)
-"""
 
 
 class HubError(Exception):
@@ -90,7 +77,6 @@ class HubServer:
     """The server, a context manager.
 
     tokens: token -> {"name": user, "write": bool}.
-    xet: whether the client uploads large files by Xet, its default, instead of by LFS.
     repos: "user/name" or "datasets/user/name" -> {"private": bool, "commits": {id: {path: bytes}}}.
     large: the large files that were uploaded by LFS, {SHA-256: bytes}.
     requests: (method, path without the query, Authorization header or None) of every request so far.
@@ -98,12 +84,12 @@ class HubServer:
         is no response, and only half of the body is read.
     """
 
-    def __init__(self, folder, tokens=None, xet=False):
-        self.folder, self.tokens, self.xet = Path(folder), tokens or {}, xet
+    def __init__(self, folder, tokens=None):
+        self.folder, self.tokens = Path(folder), tokens or {}
         self.repos, self.large, self.requests = {}, {}, []
         self.fail = lambda method, path: None
         self.lock = threading.RLock()
-        (self.folder / "xet").mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -121,7 +107,7 @@ class HubServer:
         no other login. None removes one."""
         online = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "0")
         here = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.folder / "client"), "NO_PROXY": "127.0.0.1"}
-        client = {"HF_HUB_DISABLE_XET": "01"[not self.xet], "HF_HUB_DISABLE_TELEMETRY": "1"}
+        client = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         client |= {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_CACHE": None, "HF_DATASETS_CACHE": None}
         return {**online, **here, **client, "HF_TOKEN": token or ""}
 
@@ -140,28 +126,6 @@ class HubServer:
         """Makes these files the newest of a repo."""
         content = json.dumps([id(repo), len(repo["commits"]), sorted(files)])
         repo["commits"][hashlib.sha1(content.encode()).hexdigest()] = files
-
-    def read_xet(self, oid, size):
-        """A file of the Xet store, which names files by another hash; its "shards" list both.
-
-        A shard is a sequence of 48-byte records; for each file: a header, its segments, their checksums, and
-        the SHA-256. The client has locked the store, so a copy is read.
-        """
-        for shard in (self.folder / "xet").rglob("shards/*.mdb"):
-            data, at = shard.read_bytes(), 48
-            while data[at : at + 32] != b"\xff" * 32:
-                flags, segments = struct.unpack_from("<II", data, at + 32)
-                last = at + 48 * segments * (1 + (flags >> 31)) + 48 * (flags >> 30 & 1)
-                xet_hash, sha256 = ("%016x" * 4 % struct.unpack_from("<4Q", data, i) for i in (at, last))
-                if sha256 == oid:
-                    with tempfile.TemporaryDirectory() as copy:
-                        skip = shutil.ignore_patterns("shard-*")
-                        shutil.copytree(self.folder / "xet", copy, dirs_exist_ok=True, ignore=skip)
-                        command = [sys.executable, "-c", XET_FETCH, copy, xet_hash, str(size), f"{copy}/file"]
-                        subprocess.run(command, check=True)
-                        return Path(copy, "file").read_bytes()
-                at = last + 48
-        raise HubError(400, f"LFS pointer pointed to a file that does not exist: {oid}")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -258,11 +222,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, repo_type, repo_id):
         self.open_repo(repo_type, repo_id, write=True)
-        responses = []
-        for file in json.loads(self.body)["files"]:
-            mode = "lfs" if is_large(file["path"], file["size"]) else "regular"
-            responses.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
-        return 200, {"files": responses}, {}
+        files = json.loads(self.body)["files"]
+        for file in files:
+            file["uploadMode"] = "lfs" if is_large(file["path"], file["size"]) else "regular"
+            file["shouldIgnore"] = False
+        return 200, {"files": files}, {}
 
     def lfs_batch(self, repo_type, repo_id):
         self.open_repo(repo_type, repo_id, write=True)
@@ -278,12 +242,6 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.large[oid] = self.body
         return 200, b"", {}
 
-    def xet_token(self, repo_type, repo_id):
-        self.open_repo(repo_type, repo_id, write=True)
-        store, expires = f"local://{self.hub.folder / 'xet'}", int(time.time()) + 3600
-        headers = {"X-Xet-Cas-Url": store, "X-Xet-Access-Token": "token", "X-Xet-Token-Expiration": expires}
-        return 200, {"casUrl": store, "accessToken": "token", "exp": expires}, headers
-
     def commit(self, repo_type, repo_id):
         repo, files = self.open_repo(repo_type, repo_id, write=True)
         files = dict(files)
@@ -292,8 +250,9 @@ class Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                large = self.hub.large.get(value["oid"])
-                files[value["path"]] = large or self.hub.read_xet(value["oid"], value["size"])
+                if value["oid"] not in self.hub.large:
+                    raise HubError(400, f"the file of an LFS pointer does not exist: {value['path']}")
+                files[value["path"]] = self.hub.large[value["oid"]]
             elif line["key"] != "header":
                 raise HubError(501, f"hub_server does not implement {line['key']}")
         self.hub.add_commit(repo, files)
@@ -311,15 +270,12 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, repo_type, repo_id, revision, path):
         _, files = self.open_repo(repo_type, repo_id, revision)
         prefix = f"{path}/" if path else ""
-        found = {name: content for name, content in files.items() if name.startswith(prefix)}
+        folders = {parent.as_posix(): None for name in files for parent in [*Path(name).parents][:-1]}
+        found = {name: file for name, file in (files | folders).items() if name.startswith(prefix)}
         if not found and prefix:
             raise HubError(404, f"{path} does not exist", "EntryNotFound")
-        for name in list(found):
-            for parent in list(Path(name).parents)[:-1]:
-                if parent.as_posix().startswith(prefix):
-                    found[parent.as_posix()] = None
         if self.query.get("recursive", [""])[0].lower() != "true":
-            found = {name: content for name, content in found.items() if "/" not in name[len(prefix) :]}
+            found = {name: file for name, file in found.items() if "/" not in name[len(prefix) :]}
         return 200, [list_entry(*item) for item in sorted(found.items())], {}
 
     def paths_info(self, repo_type, repo_id, revision):

@@ -1,51 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tune the Würstchen prior, the model that generates an image's latents, 42 times smaller, from its
-caption.
+"""Fine-tune the Würstchen prior, the diffusion model that generates an image's latents from its caption.
 
     accelerate launch train_text_to_image_prior.py --train_data_dir=images --output_dir=run   # as configured
     torchrun --nproc_per_node=8 train_text_to_image_prior.py --train_data_dir=images --output_dir=run
     python train_text_to_image_prior.py --train_data_dir=images --output_dir=run              # one device
 
-To resume, run the same command again with --resume_from_checkpoint=latest. The README explains every flag.
+To resume, run the same command again with --resume_from_checkpoint=latest. The README explains the flags.
 
-The file reads in the order in which it runs, and `main`, at its end, is the summary:
+Part 1 is the training, in the order in which it runs. Read `main` first:
 
-    arguments      parse_args, public_args, explain_errors
-    setup          setup_accelerator, lock_output_dir, check_destinations, init_trackers, deferred_signals
-    ranks          wait_for_slow_ranks, explain_lost_ranks, end_training, count_separate_ranks
-    data           load_train_dataset, load_splits, read_captioned_images, check_rows
-    samples        load_image, choose_sizes, make_augmentations, choose_caption, SamplePlan, SampleOrder
-    models         load_encoders, load_prior, load_ema, update_ema, make_optimizer, make_lr_scheduler
+    arguments      parse_args
+    data           load_train_dataset, check_rows, load_image, make_augmentations, list_captions, preprocess_train
+    models         load_encoders, load_prior, save_prior, load_ema, make_optimizer, make_lr_scheduler
     diffusion      encode_batch, sample_noise, sample_timesteps, diffusion_loss
-    validation     is_validation_due, Validator
-    checkpoints    TrainState, find_checkpoint, load_train_state, save_checkpoint
-    logging        log_metrics, log_images, save_contact_sheet, save_loss_curve
-    publishing     save_pipeline, save_model_card, log_summary, push_to_hub
-    cache latents  cache_latents, preprocess_cached (need not be read)
-    compile        compile_prior (need not be read)
+    validation     is_validation_due, load_decoder, validation_images, log_validation
     main           main
 
-Where to edit: the loss in `diffusion_loss`, augmentation in `make_augmentations`, captions in
-`choose_caption`, data layouts in `load_splits`, the optimizer in `make_optimizer`, trackers in
-`log_images_to_tracker`.
+Part 2 is what the training stands on. Skip it on a first reading:
+
+    folders        load_folder, read_image_folder, read_metadata
+    samples        choose_sizes, order_rows, order_batches, SampleDataset, load_batches
+    cache          cache_latents, preprocess_cached
+    checkpoints    lock_output_dir, find_checkpoint, check_output_dir, check_same_run, save_checkpoint
+    processes      setup_accelerator, deferred_signals, kill_workers, explain_errors
+    logging        log_metrics, log_images, save_contact_sheet, save_loss_curve
+    publishing     check_destinations, save_pipeline, save_model_card, push_to_hub, log_summary
+    compile        compile_prior
+
+Where to edit: the loss in `diffusion_loss`, augmentation in `make_augmentations`, the text of captions in
+`list_captions`, the choice among them in `choose_caption`, image sizes in `choose_sizes`, data layouts in
+`load_folder`, the optimizer in `make_optimizer`, its schedule in `make_lr_scheduler`, trainable parameters or
+adapters in `load_prior` and `save_prior`, trackers in `log_images_to_tracker`.
 
 Sizes: an image of --resolution=768 pixels becomes 24 x 24 latents, since the image encoder's stride is 32.
 The decoder turns 24 x 24 latents into 1024 pixels, 42.67 times as many: it was trained on latents of
-downscaled images. "42 times smaller" is that ratio, rounded. The 42.0 in LATENT_MEAN is unrelated: it scales
-the values of the latents.
+downscaled images. The 42.0 in LATENT_MEAN is unrelated: it scales the values of the latents.
 """
 
 import argparse
 import atexit
 import contextlib
 import csv
-import difflib
 import functools
 import glob
 import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -58,39 +60,53 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
+import traceback
+import unicodedata
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import accelerate
+os.environ["MPLBACKEND"] = "agg"  # a notebook's backend, which its commands inherit, may not be installed
+
 import datasets
 import diffusers
 import filelock
 import huggingface_hub as hub
+import matplotlib
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, send_to_device
-from datasets.fingerprint import Hasher
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+    send_to_device,
+)
+from datasets.arrow_writer import ArrowWriter
 from diffusers import DDPMWuerstchenScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
-from PIL.PngImagePlugin import PngInfo
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -111,31 +127,21 @@ logger = get_logger(__name__, log_level="INFO")
 # names are those of WuerstchenPriorPipeline's `latent_mean` and `latent_std`.
 LATENT_MEAN, LATENT_STD = 42.0, 1.0
 RESOLUTION_MULTIPLE = 42.67  # generated pixels per latent: WuerstchenPriorPipeline's `resolution_multiple`
-# Those of torchvision's EfficientNet weights.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the image encoder's training
 GUIDANCE_SCALE = 4.0  # of validation images: the guide's `prior_guidance_scale`
-NUM_LOSS_BANDS = 4  # equal parts of [0, 1), the timesteps, for which the held-out loss is reported
-# Those of some formats that are not opened, too: an image with a caption is read or is an error.
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions()) | {".avif", ".heic", ".heif", ".jxl"}
+NUM_LOSS_BANDS = 4  # equal parts of the timesteps, [0, 1), for which the held-out loss is reported
 # Formats that are opened, whatever a file's name says. (Others run programs: EPS starts Ghostscript.)
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"]
+Image.init()
 IMAGE_FORMATS = [name for name in IMAGE_FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # an editor's history can be longer than 1 MB
 MAX_IMAGE_PIXELS = 10**8  # a small file can hold an image that fills the memory
-# Of --aspect_ratio_buckets, long to short side: those of common cameras and screens.
-ASPECT_RATIOS = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)
 # Longer images are cropped to it: resizing 60000 x 1 pixels to height 512 would fill the memory.
 MAX_ASPECT_RATIO = 8
 MIN_LOSS_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has diverged
-MAX_CURVE_POINTS = 20_000  # of the training loss: to read a million lines would take seconds each time
-MAX_BAD_ROWS = 12  # unreadable rows drawn in succession, after which the data set is considered broken
-# A rank that does not answer for so long is lost. Accelerate would not pass on 10 minutes, its default for
-# NCCL, to gloo, whose own default is 30.
-COLLECTIVE_TIMEOUT = timedelta(minutes=9)
-SLOW_TIMEOUT = timedelta(hours=3)  # the same where ranks wait for one that downloads, encodes or saves
-BATCH_TIMEOUT = 10  # seconds without a batch after which a requested stop no longer waits for it
-DUPLICATE_SIGTERM = 2.0  # seconds within which two are one: a scheduler and torchrun may both send it
-PUSH_RETRY_DELAYS = (10, 30, 60, 300, 900)  # seconds between attempts to upload during a Hub outage
+LFS_POINTER = b"version https://git-lfs"  # the first bytes of a file that `git lfs pull` has not fetched
+
+# =========================================================================================== Part 1: training
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -145,920 +151,239 @@ def bounded(number_type: type, minimum: float, below: float = math.inf) -> Calla
     def convert(text: str) -> float:
         value = number_type(text)
         if not minimum <= value < below:
-            limit = "" if below == math.inf else f" and below {below}"
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}{limit}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be at least {minimum} and below {below}, not {text}")
         return value
 
     convert.__name__ = number_type.__name__  # for argparse's message "invalid int value"
     return convert
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Shows each flag on one line, with its default."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=44, width=110)
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return getattr(action.type, "__name__", "str").upper()  # not the flag's name again
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        without = any(action.default is value for value in (None, False, argparse.SUPPRESS))
-        return action.help if without else f"{action.help} (default: %(default)s)"
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Suggests a flag in place of one that does not exist."""
-
-    def error(self, message: str):
-        match = re.match(r"(?:unrecognized arguments|ambiguous option): (--[\w-]+)", message)
-        if match:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            similar = difflib.get_close_matches(match[1], flags, n=1)
-            similar = ["--learning_rate"] if match[1] == "--lr" else similar
-            message += f"; did you mean {similar[0]}?" if similar else ""
-        super().error(message)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line and rejects contradictory flags before anything is loaded."""
-    parser = ArgumentParser(
-        usage="accelerate launch %(prog)s (--dataset_name=NAME | --train_data_dir=FOLDER) [flags]",
-        description="Fine-tune the Würstchen prior on captioned images. The README explains every flag.",
-        formatter_class=HelpFormatter,
-    )
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def flag(name, kind, default, text):
+        group.add_argument(name, type=kind, default=default, help=text)
+
+    def switch(name, text):
+        group.add_argument(name, action="store_true", help=text)
+
+    def choice(name, choices, text):  # the first is the default
+        group.add_argument(name, choices=choices, default=choices[0], help=text)
+
     positive_int, natural = bounded(int, 1), bounded(int, 0)
     fraction, non_negative = bounded(float, 0, 1), bounded(float, 0)
 
-    add = parser.add_argument_group("models, each a Hub repo or a local folder").add_argument
-    add("--pretrained_prior_model_name_or_path", default="warp-ai/wuerstchen-prior", help="to fine-tune")
-    add("--pretrained_decoder_model_name_or_path", default="warp-ai/wuerstchen", help="latents to images")
-    add("--pretrained_image_encoder_name_or_path", default="dome272/wuerstchen", help="images to latents")
-    add("--cache_dir", help="folder for downloaded models, prepared data sets and encoded images")
+    group = parser.add_argument_group("models, each a Hub repo or a local folder")
+    flag("--pretrained_prior_model_name_or_path", str, "warp-ai/wuerstchen-prior", "to fine-tune")
+    flag("--pretrained_decoder_model_name_or_path", str, "warp-ai/wuerstchen", "latents to images")
+    flag("--pretrained_image_encoder_name_or_path", str, "dome272/wuerstchen", "images to latents")
+    flag("--cache_dir", str, None, "folder for downloaded models, prepared data sets and encoded images")
 
-    add = parser.add_argument_group("data: one of the first two; --dataset_name has precedence").add_argument
-    add("--dataset_name", help="a data set on the Hub, or a local copy of one")
-    add("--train_data_dir", help="folder of images with metadata.jsonl or .csv, or of Parquet or Arrow files")
-    add("--dataset_config_name", help="configuration of the data set")
-    add("--image_column", default="image", help="column of the images")
-    add("--caption_column", default="text", help="column of the captions, each a string or a list of strings")
-    add("--max_train_samples", type=positive_int, help="number of rows to use, selected with the seed")
-    add("--validation_split", type=bounded(float, 1e-9), help="rows, or below 1 a fraction, to hold out")
-    add("--resolution", type=bounded(int, STRIDE), default=512, help="side of the square crop, in pixels")
-    add("--aspect_ratio_buckets", action="store_true", help="train on sizes near the images' own shapes")
-    add("--random_crop", action="store_true", help="crop at a random position instead of the center")
-    add("--random_flip", action="store_true", help="mirror half of the images, left to right")
-    add("--skip_bad_rows", action="store_true", help="replace unreadable rows by others instead of stopping")
-    add("--dataloader_num_workers", type=natural, default=0, help="processes that read images; 0: none")
-    add("--cache_latents", action="store_true", help="encode all rows once, to disk: 215 KB a row at 768")
+    group = parser.add_argument_group("data (requires --dataset_name or --train_data_dir)")
+    flag("--dataset_name", str, None, "a data set on the Hub, or a local copy of one")
+    flag("--train_data_dir", str, None, "folder of captioned images, or of Parquet, Arrow or .tar files")
+    flag("--dataset_config_name", str, None, "configuration of the data set")
+    flag("--image_column", str, "image", "column of the images")
+    flag("--caption_column", str, "text", "column of the captions, strings or lists of strings")
+    flag("--max_train_samples", positive_int, None, "number of rows to use, selected with the seed")
+    flag("--validation_split", bounded(float, 1e-9), None, "rows, or below 1 a fraction, to hold out")
+    flag("--resolution", bounded(int, STRIDE), 512, "side of the square crop, in pixels")
+    switch("--aspect_ratio_buckets", "train on sizes near the images' own shapes")
+    switch("--random_crop", "crop at a random position instead of the center")
+    switch("--random_flip", "mirror half of the images, left to right")
+    switch("--skip_bad_rows", "replace unreadable rows by others instead of stopping")
+    flag("--dataloader_num_workers", natural, 0, "processes that read images; 0: none")
+    switch("--cache_latents", "encode all rows once, to disk: 215 KB a row at 768")
 
-    add = parser.add_argument_group("training; a step is one update of the weights").add_argument
-    add("--seed", type=natural, help="of all random numbers; by default one is chosen, logged and saved")
-    add("--train_batch_size", type=positive_int, default=1, help="images per device and micro-step")
-    add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-steps per step")
-    add("--num_train_epochs", type=positive_int, default=100, help="passes over the data")
-    add("--max_train_steps", type=positive_int, help="total number of steps; overrides --num_train_epochs")
-    add("--gradient_checkpointing", action="store_true", help="use less memory, with a slower backward pass")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="by default Accelerate's configuration")
-    add("--allow_tf32", action="store_true", help="use TF32 for float32 matrix products on CUDA")
-    add("--use_ema", action="store_true", help="average the weights; the average is validated and saved")
-    add("--offload_ema", action="store_true", help="keep the average in main memory, with slower steps")
-    add("--loss_weighting", choices=["none", "p2"], default="none", help="p2: as in the original training")
-    timesteps = {"choices": ["uniform", "stretched"], "default": "uniform"}
-    add("--timestep_sampling", **timesteps, help="stretched: as in the original training")
-    add("--caption_dropout", type=fraction, default=0.0, help="fraction of captions that are left empty")
-    add("--compile", action="store_true", help="compile the prior and replay it as CUDA graphs")
+    group = parser.add_argument_group("training (a step is one update of the weights)")
+    flag("--seed", natural, None, "random seed; the default is chosen and logged")
+    flag("--train_batch_size", positive_int, 1, "images per device and micro-step")
+    flag("--gradient_accumulation_steps", positive_int, 1, "micro-steps per step")
+    flag("--num_train_epochs", positive_int, 100, "passes over the data")
+    flag("--max_train_steps", positive_int, None, "total number of steps; overrides --num_train_epochs")
+    switch("--gradient_checkpointing", "use less memory, with a slower backward pass")
+    choice("--mixed_precision", [None, "no", "fp16", "bf16"], "the default is Accelerate's configuration")
+    switch("--allow_tf32", "use TF32 for float32 matrix products on CUDA")
+    switch("--use_ema", "average the weights; the average is validated and saved")
+    switch("--offload_ema", "keep the average in main memory, with slower steps")
+    choice("--loss_weighting", ["none", "p2"], "p2: as in the original training")
+    choice("--timestep_sampling", ["uniform", "stretched"], "stretched: as in the original training")
+    flag("--caption_dropout", fraction, 0.0, "fraction of captions that are replaced by the empty one")
+    switch("--compile", "compile the prior and replay it as CUDA graphs")
 
-    add = parser.add_argument_group("optimizer").add_argument
-    optimizers = {"choices": ["adamw", "adamw8bit", "adafactor"]}
-    add("--optimizer", **optimizers, help="the last two need less memory (default: adamw)")
-    add("--use_8bit_adam", action="store_true", help="the same as --optimizer=adamw8bit")
-    add("--learning_rate", type=non_negative, default=1e-4, help="at the schedule's peak")
-    schedules = {"choices": [schedule.value for schedule in SchedulerType], "default": "constant"}
-    add("--lr_scheduler", **schedules, metavar="NAME", help=", ".join(schedules["choices"]))
-    add("--lr_warmup_steps", type=natural, default=500, help="steps, for schedules with a warm-up")
-    add("--lr_step_rules", help="of piecewise_constant: factors and their last steps, 1:100,0.1:200,0.01")
-    add("--adam_beta1", type=fraction, default=0.9, help="decay of the average of gradients")
-    add("--adam_beta2", type=fraction, default=0.999, help="decay of the average of squared gradients")
-    add("--adam_weight_decay", type=non_negative, default=0.0, help="decoupled, for all optimizers")
-    add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the divisor")
-    add("--max_grad_norm", type=bounded(float, 1e-8), default=1.0, help="gradients are clipped to this norm")
+    group = parser.add_argument_group("optimizer")
+    choice("--optimizer", ["adamw", "adamw8bit", "adafactor"], "the last two need less memory")
+    eight_bit = {"dest": "optimizer", "action": "store_const", "const": "adamw8bit"}
+    group.add_argument("--use_8bit_adam", **eight_bit, help="an alias of --optimizer=adamw8bit")
+    flag("--learning_rate", non_negative, 1e-4, "at the schedule's peak")
+    choice(
+        "--lr_scheduler", ["constant", *(s.value for s in SchedulerType if s.value != "constant")], "schedule"
+    )
+    flag("--lr_warmup_steps", natural, 500, "steps, for schedules with a warm-up")
+    flag(
+        "--lr_step_rules",
+        str,
+        None,
+        "rules for piecewise_constant, multiplier:until_step: 1:100,0.1:200,0.01",
+    )
+    flag("--adam_beta1", fraction, 0.9, "decay of the average of gradients")
+    flag("--adam_beta2", fraction, 0.999, "decay of the average of squared gradients")
+    flag("--adam_weight_decay", non_negative, 0.0, "decoupled, for all optimizers")
+    flag("--adam_epsilon", non_negative, 1e-8, "added to the divisor")
+    flag("--max_grad_norm", bounded(float, 1e-8), 1.0, "gradients are clipped to this norm")
 
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="wuerstchen-model-finetuned", help="folder for everything that is written")
-    add("--overwrite_output_dir", action="store_true", help="replace another run's files in --output_dir")
-    add("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints")
-    add("--checkpoints_total_limit", type=positive_int, help="number of checkpoints to keep; default: all")
-    add("--resume_from_checkpoint", help="'latest' or the path of a checkpoint")
-    add("--validation_prompts", nargs="+", help="of images generated before, during and after training")
-    add("--validation_epochs", type=positive_int, default=5, help="epochs between validations")
-    add("--validation_steps", type=positive_int, help="steps between validations, instead of epochs")
+    group = parser.add_argument_group("output")
+    flag("--output_dir", str, "wuerstchen-model-finetuned", "folder for everything that is written")
+    switch("--overwrite_output_dir", "replace another run's files in --output_dir")
+    flag("--checkpointing_steps", positive_int, 500, "steps between checkpoints")
+    flag("--checkpoints_total_limit", positive_int, None, "number of checkpoints to keep; default: all")
+    flag("--resume_from_checkpoint", str, None, "'latest' or the path of a checkpoint")
+    group.add_argument("--validation_prompts", nargs="+", help="prompts for validation images")
+    flag("--validation_epochs", positive_int, 5, "epochs between validations")
+    flag("--validation_steps", positive_int, None, "steps between validations, instead of epochs")
     sizes = {"type": positive_int, "nargs": "+", "metavar": "PIXELS"}
-    add("--validation_size", **sizes, help="WIDTH HEIGHT ... of further images of each prompt")
-    add("--logging_dir", default="logs", help="folder of the trackers' files, under --output_dir")
-    trackers = {"type": lambda text: text.replace(" ", "") or "none", "default": "tensorboard"}
-    trackers |= {"metavar": "NAMES", "help": "comma-separated: tensorboard, wandb, comet_ml, ..., all, none"}
-    add("--report_to", **trackers)
-    add("--tracker_project_name", default="text2image-fine-tune", help="project that trackers log to")
-    add("--push_to_hub", action="store_true", help="upload the result at the end")
-    add("--hub_model_id", help="repo to upload to; default: the name of --output_dir")
-    add("--hub_private_repo", action="store_true", help="make the repo private, if it does not exist yet")
-    add("--hub_token", type=str.strip, metavar="STR", help="sent to the Hub only; `hf auth login` is safer")
-    unused = {"type": int, "default": -1, "help": "not used: Accelerate reads the environment"}
-    add("--local_rank", "--local-rank", **unused)
+    group.add_argument("--validation_size", **sizes, help="WIDTH HEIGHT ... of more images of each prompt")
+    flag("--logging_dir", str, "logs", "folder of the trackers' files, relative to --output_dir")
+    flag("--report_to", str, "tensorboard", "trackers: tensorboard, wandb, comet_ml, ..., all, none")
+    flag("--tracker_project_name", str, "text2image-fine-tune", "project that trackers log to")
+    switch("--push_to_hub", "upload the result at the end")
+    flag("--hub_model_id", str, None, "repo to upload to; default: the name of --output_dir")
+    switch("--hub_private_repo", "make the repo private, if it does not exist yet")
+    flag("--hub_token", str.strip, None, "sent to the Hub only; `hf auth login` is safer")
+    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="not used by Accelerate")
 
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if value == "":
+        if value == "" and name != "report_to":
             parser.error(f"--{name} is empty; is it set from a variable that does not exist?")
-    if args.dataset_name is None and args.train_data_dir is None:
-        parser.error("give --dataset_name (a data set on the Hub) or --train_data_dir (a folder)")
-    if (args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None):
-        parser.error("--lr_scheduler=piecewise_constant and --lr_step_rules need each other")
-    if len(args.validation_size or []) % 2:
-        parser.error("--validation_size needs pairs of WIDTH and HEIGHT, such as 1024 1536")
-    if args.compile and args.aspect_ratio_buckets:
-        parser.error(
-            "--compile records one size of micro-batches, --aspect_ratio_buckets makes several: leave out one"
-        )
-    if args.cache_latents and make_augmentations(args, (args.resolution, args.resolution)):
-        parser.error(
+        if value and name.endswith(("_dir", "_path", "dataset_name", "checkpoint")):
+            setattr(args, name, os.path.expanduser(value))
+    args.report_to = args.report_to.replace(" ", "") or "none"
+    trackers = [*map(str, get_available_trackers()), "all", "none"]
+    prompts = "".join(args.validation_prompts or [])
+    adam = [args.adam_beta1, args.adam_beta2, args.adam_epsilon]
+    for is_wrong, message in (
+        (not args.dataset_name and not args.train_data_dir, "give --dataset_name or --train_data_dir"),
+        (len(args.validation_size or []) % 2, "--validation_size needs pairs of WIDTH and HEIGHT"),
+        (prompts != prompts.encode(errors="ignore").decode(), "--validation_prompts are not UTF-8"),
+        (
+            (args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None),
+            "--lr_scheduler=piecewise_constant and --lr_step_rules need each other",
+        ),
+        (
+            args.compile and args.aspect_ratio_buckets,
+            "--compile records one size of images, --aspect_ratio_buckets makes several: leave out one",
+        ),
+        (
+            args.cache_latents and make_augmentations(args, (args.resolution, args.resolution)),
             "--cache_latents encodes each image once, but --random_crop, --random_flip and whatever else "
-            "make_augmentations returns change it every epoch: leave out one or the other"
-        )
-    choose_optimizer(parser, args)
-    if args.offload_ema and not args.use_ema:
-        parser.error("--offload_ema needs --use_ema, the average that it keeps in main memory")
-    available = [*map(str, get_available_trackers()), "all", "none"]
-    for name in args.report_to.split(","):
-        if name not in available:
-            parser.error(f"--report_to={name} is not installed; available: {', '.join(available)}")
+            "make_augmentations returns change it every epoch: leave out one or the other",
+        ),
+        (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema"),
+        (
+            args.optimizer == "adafactor" and adam != [0.9, 0.999, 1e-8],
+            "--adam_beta1, --adam_beta2 and --adam_epsilon have no meaning for --optimizer=adafactor",
+        ),
+        (
+            args.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"),
+            "--optimizer=adamw8bit needs bitsandbytes: `pip install bitsandbytes`",
+        ),
+        (
+            not {*args.report_to.split(",")}.issubset(trackers),
+            f"--report_to={args.report_to}: available are only {', '.join(trackers)}",
+        ),
+    ):
+        if is_wrong:
+            parser.error(message)
     return args
 
 
-def choose_optimizer(parser: ArgumentParser, args: argparse.Namespace):
-    """Completes --optimizer, for which --use_8bit_adam can stand, and rejects flags that contradict it."""
-    if args.use_8bit_adam and args.optimizer not in (None, "adamw8bit"):
-        parser.error(f"--use_8bit_adam means --optimizer=adamw8bit, not {args.optimizer}: leave out one")
-    if args.optimizer is None:
-        args.optimizer = "adamw8bit" if args.use_8bit_adam else "adamw"
-    args.use_8bit_adam = args.optimizer == "adamw8bit"
-    if args.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        parser.error("--optimizer=adamw8bit needs bitsandbytes: `pip install bitsandbytes`")
-    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        if args.optimizer == "adafactor" and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} has no meaning for --optimizer=adafactor: leave out one of them")
-
-
-# Flags that are secret, or whose values only have a meaning on this machine or for this repo.
-PRIVATE_FLAGS = {"hub_token", "hub_model_id", "resume_from_checkpoint", "overwrite_output_dir"}
-PRIVATE_FLAGS |= {"dataloader_num_workers", "local_rank"}
-
-
-def public_settings(args: argparse.Namespace) -> dict:
-    """The flags that may be kept in checkpoints, without private ones."""
-    return {name: value for name, value in vars(args).items() if name not in PRIVATE_FLAGS}
-
-
-def public_args(args: argparse.Namespace) -> str:
-    """The settings as flags for a shell, for image files and the model card, without local paths."""
-    words = []
-    for name, value in public_settings(args).items():
-        is_local_path = name.endswith(("_path", "_dir", "dataset_name")) and os.path.exists(str(value))
-        if is_local_path or value is None or value is False:
-            continue
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        else:
-            words.append(f"--{name}" if value is True else f"--{name}={value}")
-    return shlex.join(words)
-
-
-@contextlib.contextmanager
-def explain_errors(flag: str, value, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Turns a library's error about a user's setting into one line that names the flag."""
-    try:
-        yield
-    except kind as error:
-        while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-            error = error.__cause__  # the reason, for example a full disk
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        name = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        cause = error
-        while cause is not None:
-            if isinstance(cause, hub.errors.LocalEntryNotFoundError):
-                name, reason = "", "it is not a local folder, not in the cache, and the Hub cannot be reached"
-            cause = cause.__cause__ or cause.__context__
-        raise SystemExit(f"{flag}={value}: {name}{printable(reason)}") from None
-
-
-def printable(text: str, max_length: int = 500) -> str:
-    """Text from a file or a library on one line, with control characters escaped, for a message."""
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-    return text if len(text) <= max_length else f"{text[:max_length]}..."
-
-
-# ------------------------------------------------------------------------------------------------------ setup
-def setup_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Sets up devices, precision, trackers and logging by the flags, the launcher and `accelerate config`."""
-    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # before Accelerate looks for their libraries
-        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
-            raise SystemExit(
-                f"accelerate config: {engine} is not supported; choose multi-GPU. To save memory, use "
-                "--use_8bit_adam --gradient_checkpointing: 1 B parameters need no sharding."
-            )
-    atexit.register(kill_workers)
-    sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
-    if args.hub_token:  # wandb and comet_ml record the command line
-        sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
-    with explain_errors("--output_dir", args.output_dir):
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    logging_dir = os.path.join(args.output_dir, args.logging_dir)
-    # A plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would override a number.
-    accumulation = accelerate.utils.GradientAccumulationPlugin(args.gradient_accumulation_steps)
-    accelerator = Accelerator(
-        gradient_accumulation_plugin=accumulation,
-        mixed_precision=args.mixed_precision,
-        log_with=[name for name in args.report_to.split(",") if name != "none"] or None,
-        project_config=accelerate.utils.ProjectConfiguration(args.output_dir, logging_dir),
-        kwargs_handlers=[
-            # Each weight is used once per pass: autocast's cache would only hold 2 GB of 16-bit copies.
-            accelerate.utils.AutocastKwargs(cache_enabled=False),
-            accelerate.utils.InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
-            # Gradients stay in the buckets in which they are reduced: 4 GB less without accumulation.
-            accelerate.utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > accelerator.num_processes:
-        raise SystemExit(
-            f"WORLD_SIZE={world_size}: so many processes were started, but each would train alone, since "
-            "there is no GPU; set ACCELERATE_USE_CPU=true to train together on the CPU"
-        )
-    log_format = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(format=log_format, datefmt="%H:%M:%S", level=logging.INFO)
-    for library in ("accelerate", "httpx", "httpx2"):  # the last two log every request
-        logging.getLogger(library).setLevel(logging.WARNING)
-    diffusers.utils.logging.set_verbosity_error()  # it warns that the Würstchen pipelines are deprecated
-    diffusers.utils.logging.disable_progress_bar()
-    # DDP's, about dimensions of size 1, whose strides have no meaning.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        logger.warning(
-            "One process trains, although MASTER_ADDR is set, as `accelerate launch --num_processes=2` does: "
-            "for several, add --multi_gpu, and on a CPU set ACCELERATE_USE_CPU=true in the environment"
-        )
-    precision = accelerator.mixed_precision
-    if precision != "no" and not accelerator.native_amp:
-        logger.warning(f"{accelerator.device} does not support {precision}: training in float32")
-    return accelerator
-
-
-class LossyStream:
-    """Standard output or error that loses text instead of raising, when the terminal or the pipe is
-    closed."""
-
-    def __init__(self, stream):
-        self.stream = stream or io.StringIO()  # None: closed from the start
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str):  # isatty, encoding, ...
-        return getattr(self.stream, name)
-
-
-def lock_output_dir(accelerator: Accelerator, output_dir: Path):
-    """Locks the folder against a second run until this process ends, however it ends. All ranks must see the
-    same folder."""
-    if accelerator.is_main_process:
-        lock = filelock.FileLock(output_dir / ".lock", timeout=0, is_singleton=True)
-        with explain_errors("--output_dir", output_dir):
-            try:
-                lock.acquire()
-            except filelock.Timeout:
-                raise ValueError("another run is writing to this folder; choose another one") from None
-        atexit.register(lock.release)  # a lock that nothing refers to is released
-    num_separate = count_separate_ranks(accelerator, output_dir)
-    if num_separate:
-        message = (
-            f"--output_dir={output_dir}: {num_separate} of {accelerator.num_processes} processes have another"
-            " folder of that name; share it between the nodes"
-        )
-        raise SystemExit(message if accelerator.is_main_process else 1)
-
-
-def check_destinations(args: argparse.Namespace) -> str:
-    """Checks what is needed at the end: the decoder, and write access to the repo, whose id it returns."""
-    source = args.pretrained_decoder_model_name_or_path
-    with explain_errors("--pretrained_decoder_model_name_or_path", source):
-        config = wuerstchen.WuerstchenDecoderPipeline.load_config(source, cache_dir=args.cache_dir)
-        if not {"decoder", "vqgan"} <= config.keys():
-            raise ValueError("its model_index.json is not that of a Würstchen decoder")
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    if args.push_to_hub:
-        with explain_errors("--push_to_hub: --hub_model_id", repo_id):
-            private, token = args.hub_private_repo or None, args.hub_token
-            if token is None and hub.get_token() is None:
-                raise ValueError("there is no token for the Hub; log in with `hf auth login`")
-            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
-            # Asks how a file would be uploaded, which a read-only token must not. Nothing is uploaded.
-            hub.preupload_lfs_files(repo_id, [hub.CommitOperationAdd("README.md", b"-")], token=token)
-    return repo_id
-
-
-def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: "TrainState"):
-    """Starts the trackers, or continues the curves of the run that is resumed."""
-    config = {}
-    for name, value in vars(args).items():
-        if name != "hub_token":
-            config[name] = value if isinstance(value, (int, float, str)) else str(value)
-    init_kwargs = {
-        "tensorboard": {"purge_step": state.global_step + 1 if state.global_step else 0},
-        "wandb": {"id": state.wandb_run_id, "resume": "allow"},
-    }
-    with explain_errors("--report_to", args.report_to):
-        accelerator.init_trackers(args.tracker_project_name, config, init_kwargs)
-
-
-def kill_workers():
-    """Kills the data loaders' workers at exit. They ignore SIGTERM, with which multiprocessing ends its
-    processes: it would wait for them forever after an error in the training loop."""
-    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would raise that a worker was killed
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
-# Signals that stop a run: a scheduler's or launcher's, Ctrl-C, and a closed terminal.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-
-
-@contextlib.contextmanager
-def deferred_signals(received: list[int]) -> Iterator[None]:
-    """Appends signals that stop a run to `received` instead; a second one stops at once."""
-    received_at = -math.inf
-
-    def handler(number: int, frame):
-        nonlocal received_at
-        if number == signal.SIGTERM and time.monotonic() - received_at < DUPLICATE_SIGTERM:
-            return
-        if received:
-            os._exit(128 + number)
-        received_at = time.monotonic()
-        received.append(number)
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nStopping after this step; another signal stops at once.\n")
-
-    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
-    previous = {number: signal.signal(number, handler) for number in handled}
-    try:
-        yield
-    finally:
-        for number, previous_handler in previous.items():
-            signal.signal(number, previous_handler)
-
-
-def exit_on_signals(received: list[int]):
-    """Makes a signal end the process with the status of a stop, and so does one that was received before."""
-
-    def handler(number: int, frame):
-        logger.info("Stopped; the same command with --resume_from_checkpoint=latest saves the result")
-        sys.exit(128 + number)
-
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
-    if received:
-        handler(received[0], None)
-
-
-# ------------------------------------------------------------------------------------------------------ ranks
-@functools.cache
-def slow_group():
-    """A second group of all ranks, over gloo, for long waits. Made by the first call, of all ranks."""
-    return torch.distributed.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
-
-
-def wait_for_slow_ranks(accelerator: Accelerator):
-    """Waits until all ranks are here, for hours if need be. Other collectives give up after minutes."""
-    if accelerator.num_processes > 1:
-        torch.distributed.barrier(group=slow_group())
-
-
-@contextlib.contextmanager
-def local_main_process_first(accelerator: Accelerator) -> Iterator[None]:
-    """As `accelerator.local_main_process_first`, for what may take long, such as a download."""
-    if not accelerator.is_local_main_process:
-        wait_for_slow_ranks(accelerator)
-    yield
-    if accelerator.is_local_main_process:
-        wait_for_slow_ranks(accelerator)
-
-
-def is_first_to_end() -> bool:
-    """Whether no other rank has asked this before, or the ranks' store, where they count, is lost, too."""
-    with contextlib.suppress(Exception):
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(address, port, timeout=timedelta(seconds=10))
-        return store.add(f"ended-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
-    return True
-
-
-@contextlib.contextmanager
-def explain_lost_ranks() -> Iterator[None]:
-    """Ends a rank without a traceback if a collective failed because another rank has ended or does not
-    answer. The first rank to end says why, those that follow it nothing."""
-    try:
-        yield
-    except BaseException as error:
-        if "RANK" not in os.environ:
-            raise
-        is_first = is_first_to_end()  # asked by each rank, so that those that follow it know
-        from_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
-        if not from_gloo and not isinstance(error, torch.distributed.DistError):
-            raise
-        reason = printable(next(iter(str(error).splitlines()), ""), 200)
-        message = (
-            f"rank {os.environ['RANK']}: another process has ended without a message, or cannot be reached; "
-            f"--resume_from_checkpoint=latest continues ({reason})"
-        )
-        raise SystemExit(message if is_first else 1) from None
-
-
-def end_training(accelerator: Accelerator):
-    """Closes the trackers and the groups of ranks."""
-    # PyTorch before 2.8 hangs if it closes a group whose thread is still about to free a tensor. This wait
-    # lets it.
-    wait_for_slow_ranks(accelerator)
-    with only_warn("Closing the trackers"):
-        accelerator.end_training()
-
-
-def count_separate_ranks(accelerator: Accelerator, folder: Path) -> int:
-    """The number of ranks that do not see a file that rank 0 writes to the folder."""
-    if accelerator.num_processes == 1:
-        return 0
-    wait_for_slow_ranks(accelerator)
-    (file,) = broadcast_object_list([folder / f".shared-{time.time_ns()}"])
-    if accelerator.is_main_process:
-        file.touch()
-    wait_for_slow_ranks(accelerator)
-    num_separate = gather_object([file.exists()]).count(False)
-    if accelerator.is_main_process:
-        file.unlink()
-    return num_separate
-
-
 # ------------------------------------------------------------------------------------------------------- data
-SPLITS = ("train", "validation", "test")
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-# Data files and the builders of `datasets` for them. The first kind that is there is read: beside each tar
-# img2dataset writes a Parquet file without images.
-BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
-CAPTION_COLUMNS = ("text", "txt", "caption", "captions", "prompt")  # suggested for --caption_column
-# For a table with paths of images. The README has the lines that embed them.
-OUTSIDE = "lies outside the data set's folder: move it there, or embed the images (README, Your own data)"
-# For a folder of images without captions.
-CAPTIONS_ADVICE = """Write the captions to metadata.jsonl in that folder, a line for each image:
-{"file_name": "cat.jpg", "text": "a cat on a sofa"}
-{"file_name": "more/dog.png", "text": "a dog in the snow"}
-or each to a text file beside its image: cat.txt, more/dog.txt"""
-
-
 def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
-    """Loads the images, still encoded (`load_image` decodes them), and captions to train on."""
-    source, flag = args.dataset_name, "--dataset_name"
-    if source is None:
-        source, flag = args.train_data_dir, "--train_data_dir"
-    elif args.train_data_dir is not None:
-        logger.warning(f"--train_data_dir={args.train_data_dir} is ignored, since --dataset_name is given")
-    with explain_errors(flag, source):
-        splits = load_splits(source, args)
-        if not len(splits.get("train", ())):
-            raise ValueError(f"there are no rows in a split named train, only {', '.join(splits)}")
-        dataset = splits["train"]
-    check_columns(dataset.features, args)
-    dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+    """Loads the rows to train on: images, still encoded (`load_image` decodes them), and captions."""
+    with explain_errors(args, "dataset_name" if args.dataset_name else "train_data_dir"):
+        dataset = load_folder(args.dataset_name or args.train_data_dir, args).with_format(None)
+    for flag in ("image_column", "caption_column"):
+        with explain_errors(args, flag):
+            dataset.select_columns(getattr(args, flag))
     dataset = dataset.select_columns([args.image_column, args.caption_column])
+    try:
+        dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError):
+        kind = dataset.features[args.image_column]
+        raise SystemExit(f"--image_column={args.image_column}: it holds {kind}, not images") from None
     if args.max_train_samples is not None:
-        if args.max_train_samples > len(dataset):
-            logger.warning(f"--max_train_samples={args.max_train_samples}: there are {len(dataset)} rows")
         num_rows = min(args.max_train_samples, len(dataset))
         dataset = dataset.shuffle(seed=args.seed, keep_in_memory=True).select(range(num_rows))
     return dataset
 
 
-def holds_images(feature) -> bool:
-    """Whether a column holds encoded images: `datasets.Image`, structs of bytes and path, or bytes."""
-    is_struct = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
-    is_binary = isinstance(feature, datasets.Value) and "binary" in feature.dtype
-    return is_struct or is_binary or isinstance(feature, datasets.Image)
-
-
-def check_columns(features: datasets.Features, args: argparse.Namespace):
-    """Ends the run if there are no such columns, and suggests others, or if the first holds no images."""
-    names = list(features)
-    columns = {"--image_column": args.image_column, "--caption_column": args.caption_column}
-    candidates = {
-        "--image_column": [name for name, feature in features.items() if holds_images(feature)],
-        "--caption_column": [name for name in CAPTION_COLUMNS if name in names],
-    }
-    missing = [flag for flag, column in columns.items() if column not in names]
-    if missing:
-        flags = [shlex.quote(f"{flag}={candidates[flag][0]}") for flag in missing if candidates[flag]]
-        advice = f"; use {' '.join(flags)}" if flags else ""
-        if names in (["image"], ["image", "label"]):
-            advice = f"\n{CAPTIONS_ADVICE}"
-        reason = f"there is no such column, only {printable(', '.join(names))}{advice}"
-        raise SystemExit(f"{missing[0]}={columns[missing[0]]}: {reason}")
-    if not holds_images(features[args.image_column]):
-        reason = f"the column holds {features[args.image_column]}, not images: cast it to Image"
-        raise SystemExit(f"--image_column={args.image_column}: {reason}")
-
-
-def load_splits(source: str, args: argparse.Namespace) -> dict:
-    """Loads the splits of a data set on the Hub or in a folder. Add data layouts here.
-
-    A folder with a README.md that is given as --dataset_name is a copy of a Hub repo, which it may configure.
-    """
-    folder, is_local = Path(source), args.dataset_name is None
-    if is_local and not folder.is_dir():
-        raise ValueError("there is no such folder")
-    if (folder / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(folder)
-    if (folder / "state.json").is_file():
-        return {"train": datasets.load_from_disk(folder)}
-    if not folder.is_dir() or (not is_local and (folder / "README.md").is_file()):
-        return datasets.load_dataset(source, args.dataset_config_name, cache_dir=args.cache_dir)
-    root = str(folder.resolve())
-    files = list_files(root)
-    rows = read_captioned_images(root, files, args.caption_column)
-    if rows:
-        return {"train": make_image_dataset(rows)}
-    for suffix in BUILDERS:
-        if any(has_suffix(file, [suffix]) for file in files):
-            return {"train": load_data_files(root, files, suffix, args)}
-    images = [file for file in files if has_suffix(file, IMAGE_SUFFIXES)]
-    if not images:
-        raise ValueError("there are no images, WebDataset (.tar), Parquet or Arrow files in it")
-    return {"train": make_image_dataset([{"image": image} for image in images])}  # lacks captions
-
-
-def list_files(root: str) -> list[str]:
-    """All files in a folder, sorted, but for hidden ones. Links are followed; each folder is read once."""
-
-    def fail(error: OSError):
-        raise error
-
-    hidden = (".", "__")
-    files, visited = [], set()
-    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
-        if os.path.realpath(folder) in visited:
-            subfolders.clear()
-            continue
-        visited.add(os.path.realpath(folder))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(hidden))
-        files += [os.path.join(folder, name) for name in names if not name.startswith(hidden)]
-    return sorted(files)
-
-
-def has_suffix(file: str, suffixes: Collection[str]) -> bool:
-    """Whether a file's suffix, such as ".jpg", is one of these, in either case."""
-    return os.path.splitext(file)[1].lower() in suffixes
-
-
-def find_split(file: str, root: str) -> str | None:
-    """The split of a file in the folder `root`: an image's by its top-level folder, a data file's by any
-    folder or its name, which `datasets` writes as test-00000-of-00001.parquet."""
-    *names, name = file[len(root) :].strip(os.sep).split(os.sep)
-    if has_suffix(name, BUILDERS):
-        names.append(re.sub(r"-\d{5}-of-\d{5}.*", "", os.path.splitext(name)[0]))
-    else:
-        names = names[:1]
-    return next((name for name in names if name in SPLITS), None)
-
-
-def select_train_files(files: list[str], root: str) -> list[str]:
-    """The files in the split train or, if there are none, those in no split."""
-    splits = [find_split(file, root) for file in files]
-    wanted = "train" if "train" in splits else None
-    if files and wanted not in splits:
-        raise ValueError(f"there are no rows in a split named train, only {', '.join(sorted(set(splits)))}")
-    return [file for file, split in zip(files, splits, strict=True) if split == wanted]
-
-
-def report_files(log: Callable, files: set[str], root: str, reason: str):
-    """Logs a message about files, if there are any, with their number and the first one."""
-    if files:
-        first = printable(os.path.relpath(min(files), root), 200)
-        log(f"{len(files)} {reason}: {first}{' and others' if len(files) > 1 else ''}")
-
-
-def load_data_files(root: str, files: list[str], suffix: str, args: argparse.Namespace) -> datasets.Dataset:
-    """Loads the data files with a suffix, by `datasets`."""
-    used = select_train_files([file for file in files if has_suffix(file, [suffix])], root)
-    for file in used:
-        if "::" in file:
-            raise ValueError(f"`datasets` takes {file} for a URL, because of the '::' in it: rename it")
-    # Each file is given, escaped: `datasets` takes words in names for splits and [brackets] for patterns.
-    data_files = {"train": [glob.escape(file) for file in used]}
-    load = functools.partial(datasets.load_dataset, BUILDERS[suffix], data_files=data_files, split="train")
-    features = load(streaming=True).features  # from the first file, before all are copied to the cache
-    check_columns(features, args)
-    if suffix == ".tar":  # without other files in it, such as .json, whose types may differ
-        columns = (args.image_column, args.caption_column)
-        features = datasets.Features({name: features[name] for name in columns})
-    dataset = load(features=features, cache_dir=args.cache_dir)
-    logger.info(f"Found {len(dataset)} rows in {len(used)} {suffix} files in {root}")
-    others = {file for file in files if has_suffix(file, BUILDERS)} - set(used)
-    report_files(logger.info, others, root, f"other data files ({', '.join(BUILDERS)}) there are not used")
-    return dataset
-
-
-def read_captioned_images(root: str, files: list[str], caption_column: str) -> list[dict]:
-    """The rows of a folder's metadata files, and those of images that none of them names but that have a .txt
-    file: the image's path, "image", and other columns.
-
-    The builder "imagefolder" of `datasets` reads no .txt files, takes the caption "NA" for a missing one and
-    "a::b.jpg" for a URL, and reads several metadata files in an order that changes.
-    """
-    images = [file for file in files if has_suffix(file, IMAGE_SUFFIXES)]
-    train_images = select_train_files(images, root)
-    if not train_images:
-        return []
-    train_split = find_split(train_images[0], root)
-    metadata_files = [file for file in files if os.path.basename(file) in METADATA_FILES]
-    all_rows = read_metadata_files(metadata_files)
-    rows = [row for row in all_rows if find_split(row["image"], root) == train_split]
-    named = {row["image"] for row in rows}
-    unnamed = [image for image in train_images if image not in named]
-    text_rows = read_text_files(root, files, unnamed, caption_column)
-    if not rows and not text_rows:
-        return []
-
-    source = f"{len(metadata_files)} metadata files"
-    if len(metadata_files) == 1:
-        source = printable(os.path.relpath(metadata_files[0], root))
-    counts = ((len(rows), source), (len(text_rows), ".txt files"))
-    found = ", ".join(f"{number} captions in {place}" for number, place in counts if number)
-    logger.info(f"Found {len(train_images)} images in {root}: {found}")
-    uncaptioned = set(train_images) - named - {row["image"] for row in text_rows}
-    reason = "are not used: neither a metadata file nor a .txt file captions"
-    report_files(logger.warning, uncaptioned, root, f"of {len(train_images)} images in {root} {reason}")
-    others = (set(images) | {row["image"] for row in all_rows}) - set(train_images) - named
-    report_files(logger.info, others, root, "images are not in the split train and are not used")
-    data_files = {file for file in files if has_suffix(file, BUILDERS)} - set(metadata_files)
-    report_files(logger.info, data_files, root, "data files there are not used, since captioned images are")
-    folders = {os.path.basename(os.path.dirname(row["image"])) for row in rows + text_rows}
-    if all(re.match(r"\d+_", folder) for folder in folders):
-        name = printable(min(folders), 200)
-        logger.info(f"Numbers in folders' names, as in {name}, are not read as repeats of their images")
-    return rows + text_rows
-
-
-def read_metadata_files(files: list[str]) -> list[dict]:
-    """The rows of metadata files: those of one in its order, those of several by their images' paths."""
-    rows, named_in = [], {}
-    for file in files:
-        for row in read_metadata(file):
-            other = named_in.setdefault(row["image"], file)
-            if other != file:
-                raise ValueError(f"{other} and {file} both name {row['image']}; remove it from one of them")
-            rows.append(row)
-    return sorted(rows, key=lambda row: row["image"]) if len(files) > 1 else rows
-
-
-def read_metadata(file: str) -> list[dict]:
-    """The rows of a metadata file, with the image's path, "image", for "file_name". CSV is text as written.
-
-    Raises:
-        ValueError: with the file and the line, if a row cannot be read.
-    """
-    rows, line = [], 1
-    try:
-        with open(file, "rb") as source:
-            if file.endswith(".parquet"):
-                numbered_rows = enumerate(pq.read_table(source).to_pylist(), 1)
-            elif file.endswith(".csv"):
-                reader = csv.DictReader((text.decode("utf-8-sig") for text in source), strict=True)
-                numbered_rows = ((reader.line_num, row) for row in reader)
-                line = 2
-            else:
-                numbered_rows = enumerate((json.loads(text.strip() or "null") for text in source), 1)
-            for last_line, row in numbered_rows:
-                if row is not None:  # a blank line
-                    rows.append(resolve_file_name(row, file))
-                line = last_line + 1
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{file}, line {line}: {getattr(error, 'msg', error)}") from None
-    return rows
-
-
-def resolve_file_name(row: dict, metadata_file: str) -> dict:
-    """A row of a metadata file with the path "image" for "file_name", which is relative to the file."""
-    name = row.pop("file_name", None) if isinstance(row, dict) else None
-    if not isinstance(name, str) or not name:
-        raise ValueError("it has no file_name")
-    if None in row:
-        raise ValueError("it has more values than the header: a caption with commas needs quotes")
-    folder = os.path.dirname(metadata_file)
-    path = os.path.normpath(os.path.join(folder, name))
-    if "\\" in name and not os.path.exists(path):  # written on Windows
-        path = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))
-    return row | {"image": path}
-
-
-def read_text_files(root: str, files: list[str], images: list[str], caption_column: str) -> list[dict]:
-    """The rows of images with a .txt file of the same name beside them. Its text is the caption, on one line,
-    which is None if it is empty or not UTF-8."""
-    text_files = {os.path.splitext(file)[0]: file for file in files if has_suffix(file, [".txt"])}
-    rows, unusable = [], set()
-    for image in images:
-        file = text_files.get(os.path.splitext(image)[0])
-        if file is None:
-            continue
-        caption = ""
-        with contextlib.suppress(UnicodeDecodeError), open(file, encoding="utf-8-sig") as source:
-            caption = source.read().strip().replace("\n", " ")
-        if not caption:
-            unusable.add(file)
-        rows.append({"image": image, caption_column: caption or None})
-    report_files(logger.warning, unusable, root, f"of {len(rows)} .txt files are empty or not UTF-8")
-    return rows
-
-
-def make_image_dataset(rows: list[dict]) -> datasets.Dataset:
-    """A data set in memory, from rows of "image", an image file's path, and other columns. Its fingerprint
-    follows from them and the files' times: --cache_latents encodes them anew after a change."""
-    images = [{"bytes": None, "path": row["image"]} for row in rows]
-    names = dict.fromkeys(name for row in rows for name in row if name != "image")
-    try:
-        columns = {"image": pa.array(images, datasets.Image.pa_type)}
-        columns |= {name: make_column([row.get(name) for row in rows]) for name in names}
-    except UnicodeEncodeError as error:
-        raise ValueError(f"a file's name or a caption is not UTF-8: {printable(error.object)}") from None
-    table = pa.table(columns)
-    features = datasets.Features.from_arrow_schema(table.schema)
-    features["image"] = datasets.Image(decode=False)
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        modified = None
-        with contextlib.suppress(OSError, ValueError):  # a missing file, a name with a null character
-            modified = os.path.getmtime(row["image"])
-        digest.update(repr((row, modified)).encode())
-    return datasets.Dataset(
-        datasets.table.InMemoryTable(table),
-        info=datasets.DatasetInfo(features=features),
-        fingerprint=digest.hexdigest(),
-    )
-
-
-def make_column(values: list) -> pa.Array:
-    """A column of metadata. Where types differ, it has lists of strings, as captions may be, and otherwise
-    None."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError):
-        lists = [[value] if isinstance(value, str) else value for value in values]
-        is_text = [isinstance(v, list) and all(isinstance(text, str) for text in v) for v in lists]
-        return pa.array([v if ok else None for v, ok in zip(lists, is_text, strict=True)])
-
-
-def split_held_out(num_rows: int, held_out: float | None, seed: int) -> tuple[np.ndarray | range, np.ndarray]:
-    """The indices of the rows to train on and of those to hold out, a number or, below 1, a fraction of them.
-    (`train_test_split` of `datasets` would write into the data set's folder.)"""
-    if held_out is None:
-        return range(num_rows), np.arange(0)
-    num_held_out = math.ceil(held_out * num_rows) if held_out < 1 else held_out
-    if num_held_out % 1 or num_held_out >= num_rows:
-        raise SystemExit(
-            f"--validation_split={held_out}: there are {num_rows} rows; "
-            "give a smaller whole number, or a fraction below 1"
-        )
-    permutation = np.random.default_rng(seed).permutation(num_rows)
-    return permutation[int(num_held_out) :], permutation[: int(num_held_out)]
-
-
-def image_fields(images: pa.ChunkedArray) -> Iterator[tuple[str | None, pa.Buffer | None]]:
-    """Yields each image's path and its bytes, which are mapped, not read."""
-    for chunk in images.chunks:
-        contents = (content.as_buffer() for content in pc.struct_field(chunk, "bytes"))
-        yield from zip(pc.struct_field(chunk, "path").to_pylist(), contents, strict=True)
-
-
-def describe_rows(dataset: datasets.Dataset, args: argparse.Namespace) -> Iterator[tuple]:
-    """Yields each row's image path, the image's size in bytes, None if it is missing, whether that is of the
-    file at the path and not of embedded bytes, and the captions. Images are not read."""
-    for table in dataset.with_format("arrow").iter(batch_size=1000):
-        captions = table[args.caption_column].to_pylist()
-        for (path, content), caption in zip(image_fields(table[args.image_column]), captions, strict=True):
-            size = None if content is None else content.size
-            is_file = size is None and path is not None
-            if is_file:
-                with contextlib.suppress(OSError):
-                    size = os.path.getsize(path)
-            yield path, size, is_file, caption
-
-
-def hash_rows(dataset: datasets.Dataset, args: argparse.Namespace) -> str:
-    """A hash of all captions and of the names and sizes of all images, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path, size, _, captions in describe_rows(dataset, args):
-        digest.update(repr((os.path.basename(path or ""), size, captions)).encode())
-    return digest.hexdigest()
-
-
-def check_rows(dataset: datasets.Dataset, args: argparse.Namespace, tokenizer: CLIPTokenizerFast):
-    """Ends the run if images are missing or captions are no text, unless they may be skipped, and logs how
-    many captions are empty or too long for the text encoder. Takes seconds for 100,000 rows."""
-    errors, texts = [], []
-    is_inside = functools.cache(functools.partial(lies_inside, folders=tuple(image_folders(args))))
-    for row, (path, size, is_file, captions) in enumerate(describe_rows(dataset, args)):
-        try:
-            texts += list_captions({args.caption_column: captions, args.image_column: {"path": path}}, args)
-            name = printable(path or "no file name", 200)
-            if is_file and not is_inside(os.path.dirname(path)):
-                raise ValueError(f"the image ({name}) {OUTSIDE}")
-            if not size:
-                raise ValueError(f"the image ({name}) is missing or empty")
-        except ValueError as error:
-            errors.append(f"row {row}: {error}")
-    if errors:
-        message = f"{len(errors)} of {len(dataset)} rows cannot be used, the first: {errors[0]}"
-        if not args.skip_bad_rows:
-            raise SystemExit(f"{message}; fix them, or skip such rows with --skip_bad_rows")
-        logger.warning(message)
-    num_empty = sum(not text.strip() for text in texts)
-    if num_empty:
-        logger.warning(f"{num_empty} of {len(texts)} captions are empty")
-    max_length = tokenizer.model_max_length
-    for what, captions in (("captions", texts), ("--validation_prompts", args.validation_prompts or [])):
-        lengths = []
-        for start in range(0, len(captions), 1000):  # a million at once take 9 GB
-            tokens = tokenizer(captions[start : start + 1000], return_attention_mask=False, verbose=False)
-            lengths += map(len, tokens.input_ids)
-        too_long = [caption for caption, length in zip(captions, lengths, strict=True) if length > max_length]
-        if too_long:
-            logger.warning(
-                f"{len(too_long)} of {len(captions)} {what} are longer than the text encoder's {max_length} "
-                f"tokens and are cut, for example: {printable(too_long[0], 100)}"
-            )
-
-
-# ---------------------------------------------------------------------------------------------------- samples
-def image_folders(args: argparse.Namespace) -> list[Path]:
-    """The folders in which a data set's image files may be: its own, and the caches of those from the Hub."""
+def check_rows(
+    dataset: datasets.Dataset, args: argparse.Namespace
+) -> tuple[datasets.Dataset, list[str], str]:
+    """Ends the run if images are missing or captions are not text or, with --skip_bad_rows, leaves out such
+    rows. Images are not decoded. Returns the rows, all their captions, and a hash of the captions and of the
+    images' names and sizes, with which a run can be resumed."""
+    # An image file lies in one of these folders: neither /etc/passwd nor a URL does.
     caches = [args.cache_dir, datasets.config.HF_DATASETS_CACHE, hub.constants.HF_HUB_CACHE]
-    folders = [args.train_data_dir] if args.dataset_name is None else [args.dataset_name, *caches]
-    return [Path(folder) for folder in folders if folder]
+    folders = [folder for folder in [args.dataset_name or args.train_data_dir, *caches] if folder]
+    roots = tuple(path(folder) + os.sep for folder in folders for path in (os.path.abspath, os.path.realpath))
+
+    digest, good_rows, errors, all_captions = hashlib.sha256(), [], [], []
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        images, captions = table[args.image_column], table[args.caption_column].to_pylist()
+        paths = pc.struct_field(images, "path").to_pylist()
+        sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
+        for path, size, caption in zip(paths, sizes, captions, strict=True):
+            row = len(good_rows) + len(errors)
+            try:
+                if size is None and path:
+                    if not (
+                        os.path.abspath(path).startswith(roots) or os.path.realpath(path).startswith(roots)
+                    ):
+                        raise ValueError("the image lies outside the data set's folder: move or embed it")
+                    size = os.path.getsize(path)
+                if not size:
+                    raise ValueError("the image is missing or empty")
+                texts = list_captions({args.image_column: {"path": path}, args.caption_column: caption}, args)
+                digest.update(repr((os.path.basename(path or ""), size, texts)).encode())
+                all_captions += texts
+                good_rows.append(row)
+            except (OSError, ValueError) as error:
+                errors.append(f"row {row} ({path}): {error}")
+    if errors or not good_rows:
+        message = f"{len(errors)} of {len(dataset)} rows cannot be used, the first: {''.join(errors[:1])}"
+        if not args.skip_bad_rows or not good_rows:
+            raise SystemExit(f"{printable(message)}; fix them, or skip such rows with --skip_bad_rows")
+        logger.warning(printable(message))
+        dataset = dataset.select(good_rows, keep_in_memory=True)
+    return dataset, all_captions, digest.hexdigest()
 
 
-def lies_inside(path: str, folders: Sequence[Path]) -> bool:
-    """Whether a path is in one of these folders. /etc/passwd and URLs are not."""
-    file = Path(path)
-    roots = [root for folder in folders for root in (folder.absolute(), folder.resolve())]  # of links, both
-    return ".." not in file.parts and any(file.absolute().is_relative_to(root) for root in roots)
+def report_captions(captions: list[str], tokenizer: CLIPTokenizerFast):
+    """Warns of captions that are empty, or longer than the text encoder's input. 15,000 take a second."""
+    lengths, limit = [], tokenizer.model_max_length
+    for start in range(0, len(captions), 1000):  # a million at once take 9 GB
+        lengths += map(len, tokenizer(captions[start : start + 1000], verbose=False).input_ids)
+    num_cut, num_empty = sum(length > limit for length in lengths), lengths.count(2)  # start and end tokens
+    if num_cut or num_empty:
+        logger.warning(
+            f"Of {len(captions)} captions and prompts {num_cut} are cut to {limit} tokens, {num_empty} empty"
+        )
 
 
-def find_image_file(path: str, folders: list[Path]) -> Path:
-    """A file of the data set. A path outside its folder is an error."""
-    if not lies_inside(path, folders):
-        raise ValueError(f"it {OUTSIDE}")
-    return Path(path)
-
-
-@contextlib.contextmanager
-def explain_image_errors(path: str | None) -> Iterator[None]:
-    """Turns an error of reading an image, of which decoders raise all kinds, into a ValueError with its
-    name."""
-    try:
-        yield
-    except Exception as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        name = printable(path or "no file name", 200)
-        raise ValueError(f"the image ({name}) cannot be read: {kind}{printable(str(error))}") from error
-
-
-def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
+def load_image(value: dict) -> Image.Image:
     """Decodes an image of a data set, {"bytes", "path"}, to 8-bit RGB. EXIF orientation is applied, 16-bit
     grayscale is scaled, and transparency is composited on white.
 
     Raises:
-        ValueError: with the file's name, if it cannot be decoded or lies outside `folders`.
+        ValueError: with the file's name, if it cannot be decoded.
     """
-    value = value or {"bytes": None, "path": None}
-    with explain_image_errors(value["path"]):
-        if not value["bytes"] and not value["path"]:
-            raise ValueError("it is missing")
-        data = value["bytes"] or find_image_file(value["path"], folders).read_bytes()
+    try:
+        data = value["bytes"] or Path(value["path"]).read_bytes()
+        if data.startswith(LFS_POINTER):
+            raise ValueError("it is a Git LFS pointer: run `git lfs pull`")
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_IMAGE_PIXELS:.0e}")
@@ -1071,147 +396,21 @@ def load_image(value: dict | None, folders: list[Path]) -> Image.Image:
             gray, transparent = np.asarray(image), image.info.get("transparency")
             image = Image.fromarray((gray.clip(0, 65535) / 257).round().astype(np.uint8))
             if transparent is not None:
-                image.putalpha(Image.fromarray(np.where(gray == transparent, 0, 255).astype(np.uint8)))
+                image.putalpha(Image.fromarray(np.uint8(255) * (gray != transparent)))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         longest = MAX_ASPECT_RATIO * min(image.size)
         if max(image.size) > longest:
-            width, height = image.size
-            image = transforms.functional.center_crop(image, (min(height, longest), min(width, longest)))
+            size = (min(image.height, longest), min(image.width, longest))
+            image = transforms.functional.center_crop(image, size)
         return image.convert("RGB")
-
-
-def read_image_size(image: Image.Image) -> tuple[int, int]:
-    """The height and width of an opened image as `load_image` orients it, without decoding it."""
-    width, height = image.size
-    if image.format == "TIFF":  # whose size newer versions of Pillow have oriented already
-        width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
-    orientation = 1
-    if image.format != "PNG" or "exif" in image.info:  # for the EXIF of a PNG, Pillow may decode all of it
-        with contextlib.suppress(Exception):
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
-
-
-def read_image_sizes(
-    dataset: datasets.Dataset, args: argparse.Namespace, rows_hash: str
-) -> dict[str, np.ndarray]:
-    """The height and width of each row's image, or the error that reading it raised, from the headers of the
-    files. They are read once and kept in the cache folder by `rows_hash`."""
-    folders = image_folders(args)
-
-    def read_batch(table: pa.Table) -> dict[str, list]:
-        sizes = {"height": [], "width": [], "error": []}
-        for path, content in image_fields(table[args.image_column]):
-            height, width, error = 0, 0, ""
-            try:
-                with explain_image_errors(path):
-                    file = pa.BufferReader(content) if content else find_image_file(path or "", folders)
-                    with Image.open(file, formats=IMAGE_FORMATS) as image:
-                        height, width = read_image_size(image)
-            except ValueError as reason:
-                error = str(reason)
-            for name, value in (("height", height), ("width", width), ("error", error)):
-                sizes[name].append(value)
-        return sizes
-
-    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_image_sizes")
-    folder.mkdir(parents=True, exist_ok=True)
-    integer = datasets.Value("int32")
-    sizes = dataset.with_format("arrow").map(
-        read_batch,
-        batched=True,
-        remove_columns=dataset.column_names,
-        features=datasets.Features(height=integer, width=integer, error=datasets.Value("string")),
-        cache_file_name=str(folder / f"{rows_hash}.arrow"),
-        new_fingerprint=rows_hash,
-        desc="Reading image sizes",
-    )
-    return sizes.with_format("numpy")[:]
-
-
-@dataclass(frozen=True, eq=False)
-class SizedRows:
-    """Rows and the size to which each one's image is resized and cropped. Those of one size are a bucket, and
-    a micro-batch is of one bucket. Without --aspect_ratio_buckets there is one."""
-
-    dataset: datasets.Dataset
-    sizes: list[tuple[int, int]]  # height and width in pixels
-    buckets: np.ndarray  # (num_rows,): the index of each row's size
-
-    def __len__(self) -> int:
-        return len(self.buckets)
-
-    def __getitem__(self, row: int) -> dict:
-        return self.dataset[row]
-
-    def select(self, rows: Sequence[int]) -> "SizedRows":
-        dataset = self.dataset.select(rows, keep_in_memory=True)
-        return SizedRows(dataset, self.sizes, self.buckets[np.asarray(rows)])
-
-    def size(self, row: int) -> tuple[int, int]:
-        return self.sizes[self.buckets[row]]
-
-    def count(self) -> np.ndarray:
-        """The number of rows of each size."""
-        return np.bincount(self.buckets, minlength=len(self.sizes))
-
-    def describe(self) -> dict[str, int]:
-        """The number of rows of each size, by WIDTHxHEIGHT."""
-        names = [f"{width}x{height}" for height, width in self.sizes]
-        return dict(zip(names, self.count().tolist(), strict=True))
-
-
-def bucket_sizes(resolution: int) -> list[tuple[int, int]]:
-    """Sizes of all ASPECT_RATIOS, (height, width) in pixels: multiples of 32 with about as many latents as
-    the square of `resolution`, which is the first. At 768 that is 567 to 588."""
-    side = math.ceil(resolution / STRIDE)
-    sizes = []
-    for ratio in ASPECT_RATIOS:
-        long, short = round(side * math.sqrt(ratio)), max(1, round(side / math.sqrt(ratio)))
-        sizes += [(short * STRIDE, long * STRIDE), (long * STRIDE, short * STRIDE)]
-    return list(dict.fromkeys(sizes))
-
-
-def choose_sizes(dataset: datasets.Dataset, args: argparse.Namespace, rows_hash: str) -> SizedRows:
-    """The square of --resolution for all rows or, with --aspect_ratio_buckets, the size of the nearest shape.
-    Logs how many rows each size has, and what share of the images is cropped."""
-    if not args.aspect_ratio_buckets:
-        return SizedRows(dataset, [(args.resolution, args.resolution)], np.zeros(len(dataset), np.int64))
-    image_sizes = read_image_sizes(dataset, args, rows_hash)
-    is_good = image_sizes["error"] == ""
-    if not is_good.all() and not args.skip_bad_rows:
-        row = int(is_good.argmin())
-        raise SystemExit(
-            f"row {row}: {image_sizes['error'][row]} ({(~is_good).sum()} of {len(dataset)} rows cannot be "
-            "used); fix them, or skip such rows with --skip_bad_rows"
-        )
-    sizes = bucket_sizes(args.resolution)
-    shapes = np.log([height / width for height, width in sizes])  # 1:2 is as far from 1:1 as 2:1
-    heights, widths = image_sizes["height"][is_good], image_sizes["width"][is_good]
-    distances = np.abs(np.log(heights / widths)[:, None] - shapes)
-    buckets = np.zeros(len(dataset), np.int64)
-    buckets[is_good] = distances.argmin(axis=1)
-    # Rows that cannot be read are replaced by others of their size: the most frequent one.
-    buckets[~is_good] = np.bincount(buckets[is_good], minlength=1).argmax()
-    occurring, buckets = np.unique(buckets, return_inverse=True)
-    rows = SizedRows(dataset, [sizes[bucket] for bucket in occurring], buckets)
-    cropped, cropped_to_square = 1 - np.exp(-distances.min(axis=1)), 1 - np.exp(-distances[:, 0])
-    counts = ", ".join(f"{size} ({count} rows)" for size, count in rows.describe().items())
-    logger.info(
-        f"Aspect-ratio buckets: {counts}. On average {cropped.mean():.1%} of an image is cropped; "
-        f"with squares it would be {cropped_to_square.mean():.1%}"
-    )
-    return rows
-
-
-def load_rows(args: argparse.Namespace, tokenizer: CLIPTokenizerFast) -> tuple[SizedRows, str]:
-    """Loads and checks the data set, and chooses the size of each row. Also returns the hash of all rows."""
-    dataset = load_train_dataset(args)
-    check_rows(dataset, args, tokenizer)
-    rows_hash = hash_rows(dataset, args)
-    return choose_sizes(dataset, args, rows_hash), rows_hash
+    except Exception as error:  # decoders raise many types; one raised by this file's code is a bug
+        if isinstance(error, BUGS) and traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
+            raise
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        name = printable(value["path"] or "no file name")
+        raise ValueError(f"the image ({name}) cannot be read: {kind}{printable(str(error))}") from error
 
 
 def make_augmentations(args: argparse.Namespace, size: tuple[int, int]) -> list[Callable]:
@@ -1230,39 +429,36 @@ def make_augmentations(args: argparse.Namespace, size: tuple[int, int]) -> list[
     return augmentations
 
 
-def resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resizes an image so that it just covers `size`, (height, width)."""
-    height, width = size
-    if image.height * width > image.width * height:
-        resized = (image.height * width // image.width, width)
-    else:
-        resized = (height, image.width * height // image.height)
-    return transforms.functional.resize(image, resized, transforms.InterpolationMode.BILINEAR, antialias=True)
-
-
 def make_image_transforms(
     size: tuple[int, int], augmentations: Sequence[Callable] = ()
 ) -> transforms.Compose:
-    """From a PIL image to the pixels of its center, (3, height, width) uint8."""
+    """From a PIL image to the pixels of its center, (3, height, width) uint8, for `size`, (height, width)."""
+    height, width = size
+
+    def resize_to_cover(image: Image.Image) -> Image.Image:
+        if image.height * width > image.width * height:
+            resized = (image.height * width // image.width, width)
+        else:
+            resized = (height, image.width * height // image.height)
+        return transforms.functional.resize(image, resized, antialias=True)  # bilinear
+
     return transforms.Compose(
-        [
-            functools.partial(resize_to_cover, size=size),
-            *augmentations,
-            transforms.CenterCrop(size),
-            transforms.PILToTensor(),
-        ]
+        [resize_to_cover, *augmentations, transforms.CenterCrop(size), transforms.PILToTensor()]
     )
 
 
 def list_captions(row: dict, args: argparse.Namespace) -> list[str]:
-    """A row's captions, a string or a list of strings, as a list. Raises ValueError if they are neither."""
+    """A row's captions, a string or a list of strings, as a list. Change their text here: what is returned is
+    what is trained on, cached and compared on resuming.
+
+    Raises:
+        ValueError: if they are neither.
+    """
     captions = row[args.caption_column]
-    choices = [captions] if isinstance(captions, str) else captions
-    if not isinstance(choices, (list, tuple)) or not choices or not all(isinstance(c, str) for c in choices):
-        file = (row[args.image_column] or {}).get("path") or "no file name"
-        message = f"the caption is {captions!r}, not a string or a list of strings (image: {file})"
-        raise ValueError(printable(message))
-    return list(choices)
+    captions = [captions] if isinstance(captions, str) else captions
+    if not captions or not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise ValueError(f"the caption is {captions!r}, not a string or a list of strings")
+    return captions
 
 
 def choose_caption(captions: list, caption_dropout: float, empty):
@@ -1281,324 +477,59 @@ def tokenize_captions(captions: list[str], tokenizer: CLIPTokenizerFast) -> dict
 
 
 def preprocess_train(
-    row: dict,
-    size: tuple[int, int],
-    args: argparse.Namespace,
-    tokenizer: CLIPTokenizerFast,
-    augment: bool,
-    caption_dropout: float,
+    row: dict, size: tuple[int, int], train: bool, args: argparse.Namespace, tokenizer: CLIPTokenizerFast
 ) -> dict[str, torch.Tensor]:
-    """A row as tensors: pixels (3, height, width) uint8, tokens and mask (77,) of one caption."""
-    captions = list_captions(row, args)
-    image_transforms = make_image_transforms(size, make_augmentations(args, size) if augment else ())
-    pixels = image_transforms(load_image(row[args.image_column], image_folders(args)))
-    tokens = tokenize_captions([choose_caption(captions, caption_dropout, empty="")], tokenizer)
+    """A row as tensors: pixels (3, height, width) uint8, tokens and mask (77,) of one caption. Held-out rows
+    (`train=False`) are not augmented, and keep their captions."""
+    image_transforms = make_image_transforms(size, make_augmentations(args, size) if train else ())
+    pixels = image_transforms(load_image(row[args.image_column]))
+    caption = choose_caption(list_captions(row, args), args.caption_dropout if train else 0.0, empty="")
+    tokens = tokenize_captions([caption], tokenizer)
     return {"effnet_pixel_values": pixels} | {name: tensor[0] for name, tensor in tokens.items()}
 
 
-def make_preprocess(
-    args: argparse.Namespace, tokenizer: CLIPTokenizerFast, empty_embeds: torch.Tensor, train: bool
-) -> Callable[[dict, tuple[int, int]], dict]:
-    """The function from a row and its size to its tensors. Held-out rows (`train=False`) have no random
-    changes."""
-    caption_dropout = args.caption_dropout if train else 0.0
-    if args.cache_latents:
-        return functools.partial(
-            preprocess_cached, empty_embeds=empty_embeds[0].cpu(), caption_dropout=caption_dropout
-        )
-    return functools.partial(
-        preprocess_train, args=args, tokenizer=tokenizer, augment=train, caption_dropout=caption_dropout
-    )
-
-
-def derive_seed(*key) -> int:
-    """A well-mixed 63-bit seed for a purpose: derive_seed(seed, "epoch", 3)."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
-
-
-@contextlib.contextmanager
-def seeded_generators(seed: int) -> Iterator[None]:
-    """Seeds torch's, Python's and numpy's default generators on the CPU, and restores them afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_permutation(seed: int, epoch: int, num_rows: int) -> torch.Tensor:
-    """The order of the rows in an epoch, (num_rows,) int64."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
-    return torch.randperm(num_rows, generator=generator)
-
-
-class SampleDataset(Dataset):
-    """Reads samples: pairs of a position, from which all random numbers follow, and a row.
-
-    An unreadable row gives {"error": message} or, with `skip_bad_rows`, a random other row of its size in its
-    place. The error is a value, since a DataLoader wraps an exception in its worker's traceback.
-    """
-
-    def __init__(self, rows: SizedRows, preprocess: Callable, seed: int, skip_bad_rows: bool):
-        self.rows = rows
-        self.preprocess = preprocess
-        self.seed = seed
-        self.skip_bad_rows = skip_bad_rows
-
-    def __getitem__(self, sample: tuple[int, int]) -> dict:
-        position, row = sample
-        bad_rows = {}
-        with seeded_generators(derive_seed(self.seed, "sample", position)):
-            for _ in range(MAX_BAD_ROWS):
-                try:
-                    tensors = self.preprocess(self.rows[row], self.rows.size(row))
-                    return {"position": position, "row": row, "bad_rows": bad_rows} | tensors
-                except ValueError as error:  # from `load_image` or `list_captions`
-                    bad_rows[row] = f"row {row} of the {len(self.rows)} used: {error}"
-                if not self.skip_bad_rows:
-                    return {"error": f"{bad_rows[row]}; fix it, or skip such rows with --skip_bad_rows"}
-                same_size = np.flatnonzero(self.rows.buckets == self.rows.buckets[row])
-                row = int(random.choice(same_size))
-        last_error = bad_rows.popitem()[1]
-        return {"error": f"{MAX_BAD_ROWS} rows in succession cannot be read; the last: {last_error}"}
-
-
-@dataclass(frozen=True)
-class SamplePlan:
-    """What determines which samples a step trains on. A run can only be resumed with the same samples, on any
-    number of processes."""
-
-    seed: int
-    num_rows: int
-    rows_hash: str
-    num_processes: int
-    train_batch_size: int
-    gradient_accumulation_steps: int
-    bucket_rows: dict[str, int] = field(default_factory=dict)  # with --aspect_ratio_buckets
-
-    @property
-    def samples_per_step(self) -> int:
-        return self.num_processes * self.train_batch_size * self.gradient_accumulation_steps
-
-    def describe_step(self) -> str:
-        factors = f"{self.train_batch_size} x {self.gradient_accumulation_steps} micro-steps"
-        return f"{self.samples_per_step} samples a step ({factors} x {self.num_processes} processes)"
-
-    def __str__(self) -> str:
-        return f"{self.num_rows} rows, {self.describe_step()}, seed {self.seed}"
-
-    def train_batches(self, rank: int, first_step: int, last_step: int) -> Iterator[range]:
-        """The positions of each of a rank's micro-batches in the steps [first_step, last_step)."""
-        size, stride = self.train_batch_size, self.num_processes * self.train_batch_size
-        first = first_step * self.samples_per_step + rank * size
-        return (
-            range(start, start + size) for start in range(first, last_step * self.samples_per_step, stride)
-        )
-
-    def held_out_batches(self, rank: int, rows: SizedRows) -> list[list[tuple[int, int]]]:
-        """A rank's share of the samples of the held-out rows, in batches of one size, of which each size's
-        last may be smaller."""
-        batches, size = [], self.train_batch_size
-        for bucket in range(len(rows.sizes)):
-            samples = [(row, row) for row in np.flatnonzero(rows.buckets == bucket).tolist()]
-            batches += [samples[start : start + size] for start in range(0, len(samples), size)]
-        return batches[rank :: self.num_processes]
-
-
-@dataclass(frozen=True, eq=False)
-class SampleOrder:
-    """The endless sequence of samples, epoch after epoch, in which the row of any position follows from the
-    seed, so that resuming means to start at a later position.
-
-    The rows of each bucket, in the order of `epoch_permutation`, fill micro-batches, which are mixed with
-    those of other buckets at random. What is left of a bucket at an epoch's end begins its next batch, so
-    that each row is used once an epoch and no batch is smaller. With one bucket, position p is row
-    `epoch_permutation(...)[p % num_rows]` of epoch p // num_rows.
-    """
-
-    rows: SizedRows
-    plan: SamplePlan
-
-    @functools.cached_property
-    def counts(self) -> np.ndarray:
-        return self.rows.count()
-
-    def batches_before(self, epoch: int) -> np.ndarray:
-        """The number of batches that each bucket has filled before an epoch."""
-        return epoch * self.counts // self.plan.train_batch_size
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019  one order lives as long as the process
-    def epoch_batches(self, epoch: int) -> np.ndarray:
-        """An epoch's batches in their order: the bucket of each, and its number among the bucket's batches,
-        (num_batches, 2)."""
-        before, after = self.batches_before(epoch), self.batches_before(epoch + 1)
-        batches = np.concatenate(
-            [
-                np.stack([np.full(end - start, bucket), np.arange(start, end)], axis=1)
-                for bucket, (start, end) in enumerate(zip(before, after, strict=True))
-            ]
-        )
-        if len(self.counts) == 1:
-            return batches
-        return np.random.default_rng(derive_seed(self.plan.seed, "batches", epoch)).permutation(batches)
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019
-    def epoch_rows(self, epoch: int) -> np.ndarray:
-        """An epoch's rows, sorted by bucket, each bucket's in random order, (num_rows,)."""
-        permutation = epoch_permutation(self.plan.seed, epoch, len(self.rows)).numpy()
-        return permutation[np.argsort(self.rows.buckets[permutation], kind="stable")]
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def batch_rows(self, batch: int) -> list[int]:
-        """The rows of a micro-batch, by its number in the sequence."""
-        batch_size = self.plan.train_batch_size
-        epoch = batch * batch_size // len(self.rows)  # or a later one, since buckets' rests are left over
-        while self.batches_before(epoch + 1).sum() <= batch:
-            epoch += 1
-        bucket, number = self.epoch_batches(epoch)[batch - self.batches_before(epoch).sum()].tolist()
-        first, num_rows = int(self.counts[:bucket].sum()), int(self.counts[bucket])
-        rows = []
-        for index in range(number * batch_size, (number + 1) * batch_size):
-            epoch, offset = divmod(index, num_rows)
-            rows.append(int(self.epoch_rows(epoch)[first + offset]))
-        return rows
-
-    def row(self, position: int) -> int:
-        """The row of a position."""
-        batch, offset = divmod(position, self.plan.train_batch_size)
-        return self.batch_rows(batch)[offset]
-
-    def train_batches(self, rank: int, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
-        """The samples of `SamplePlan.train_batches`: pairs of a position and its row."""
-        for positions in self.plan.train_batches(rank, first_step, last_step):
-            yield [(position, self.row(position)) for position in positions]
-
-
-def collate_fn(samples: list[dict]) -> dict:
-    """Stacks samples to a batch. An error in one of them is the batch's.
-
-    In a worker, `default_collate` allocates shared memory at once, so that the main process learns if it is
-    used up. Tensors from `torch.stack` are moved there later, in a background thread whose error nobody sees.
-    """
-    for sample in samples:
-        if "error" in sample:
-            return sample
-    batch = {"positions": [sample.pop("position") for sample in samples], "bad_rows": {}}
-    batch["rows"] = [sample.pop("row") for sample in samples]
-    for sample in samples:
-        batch["bad_rows"] |= sample.pop("bad_rows")
-    return batch | default_collate(samples)
-
-
-def ignore_signals(worker_id: int):
-    """Leaves stopping to the main process: terminals and schedulers signal every process of a job."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def make_dataloader(
-    rows: SizedRows, preprocess: Callable, batches, args: argparse.Namespace, device: torch.device
-) -> DataLoader:
-    """A DataLoader of samples; `batches` yields the positions and rows of each batch."""
-    return DataLoader(
-        SampleDataset(rows, preprocess, args.seed, args.skip_bad_rows),
-        batch_sampler=batches,
-        collate_fn=collate_fn,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda",
-        timeout=BATCH_TIMEOUT if args.dataloader_num_workers else 0,
-        generator=torch.Generator(),  # not the default one, which makes dropout's masks
-    )
-
-
-def iterate_batches(
-    dataloader: DataLoader, device: torch.device, skipped_rows: set[int], signals: list[int]
-) -> Iterator[dict]:
-    """Yields the batches on the device. Each skipped row is reported once; an unreadable row ends the run,
-    and so does a signal in `signals` if no batch arrives within BATCH_TIMEOUT."""
-    batches = iter(dataloader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader timed out" not in str(error):
-                raise
-            if signals:
-                logger.error(f"Stopped without a checkpoint: no batch arrived within {BATCH_TIMEOUT} seconds")
-                kill_workers()  # PyTorch would wait ten seconds for each that is blocked
-                sys.exit(128 + signals[-1])
-            continue  # slow storage
-        if "error" in batch:
-            raise SystemExit(batch["error"])
-        for row in batch["bad_rows"].keys() - skipped_rows:
-            skipped_rows.add(row)
-            message = f"Skipped {batch['bad_rows'][row]} ({len(skipped_rows)} so far)"
-            logger.warning(message, main_process_only=False)
-        yield send_to_device(batch, device, non_blocking=True)
-
-
-@contextlib.contextmanager
-def explain_worker_errors(num_workers: int) -> Iterator[None]:
-    """Turns the death of a worker process, which PyTorch raises at any point of the main process, and used-up
-    shared memory into one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        message = str(error)
-        if "DataLoader worker (pid" not in message and "shared memory" not in message:
-            raise
-        reason = message.strip().splitlines()[-1].removeprefix("RuntimeError: ").rstrip(".")
+def split_held_out(num_rows: int, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of the rows to train on and of the rows to hold out, a number or, below 1, a fraction.
+    (`train_test_split` of `datasets` would write into the data set's folder.)"""
+    num_held_out = math.ceil(held_out * num_rows) if held_out < 1 else held_out
+    if num_held_out % 1 or num_held_out >= num_rows:
         raise SystemExit(
-            f"--dataloader_num_workers={num_workers}: {reason}. Batches are passed in /dev/shm, and each "
-            "worker needs memory: use fewer workers or a smaller --train_batch_size, or provide more of both "
-            "(docker run --shm-size=1g)"
-        ) from None
+            f"--validation_split={held_out}: there are {num_rows} rows; "
+            "give a smaller whole number, or a fraction below 1"
+        )
+    permutation = np.random.default_rng(seed).permutation(num_rows) if held_out else np.arange(num_rows)
+    return permutation[int(num_held_out) :], permutation[: int(num_held_out)]
 
 
 # ----------------------------------------------------------------------------------------------------- models
-def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype of the frozen models: that of mixed precision, where the device supports it."""
-    if not accelerator.native_amp:
-        return torch.float32
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizerFast:
+    """The tokenizer of the prior's text encoder."""
+    source, location = args.pretrained_prior_model_name_or_path, {"cache_dir": args.cache_dir}
+    with explain_errors(args, "pretrained_prior_model_name_or_path"):
+        # First, since transformers 4 does not say why it could not load a tokenizer.
+        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **location)
+        return CLIPTokenizerFast.from_pretrained(source, subfolder="tokenizer", **location)
 
 
 def load_text_encoder(args: argparse.Namespace, dtype: torch.dtype) -> CLIPTextModel:
     """The prior's text encoder: CLIP ViT-bigG's text model in the published one."""
-    source = args.pretrained_prior_model_name_or_path
-    location = {"subfolder": "text_encoder", "cache_dir": args.cache_dir}
-    return CLIPTextModel.from_pretrained(source, **location, dtype=dtype)
-
-
-def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizerFast:
-    """The tokenizer of the prior's text encoder."""
-    source = args.pretrained_prior_model_name_or_path
-    with explain_errors("--pretrained_prior_model_name_or_path", source):
-        # First, since transformers 4 does not say why it could not load a tokenizer.
-        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", cache_dir=args.cache_dir)
-        return CLIPTokenizerFast.from_pretrained(source, subfolder="tokenizer", cache_dir=args.cache_dir)
+    source, location = args.pretrained_prior_model_name_or_path, {"cache_dir": args.cache_dir}
+    with explain_errors(args, "pretrained_prior_model_name_or_path"):
+        return CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype, **location)
 
 
 def load_encoders(
-    args: argparse.Namespace, dtype: torch.dtype, device: torch.device
+    args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[CLIPTextModel, EfficientNetEncoder]:
-    """The text encoder and the image encoder, frozen."""
-    source = args.pretrained_prior_model_name_or_path
-    with explain_errors("--pretrained_prior_model_name_or_path", source):
-        text_encoder = load_text_encoder(args, dtype).requires_grad_(False).eval().to(device)
-    source = args.pretrained_image_encoder_name_or_path
-    with explain_errors("--pretrained_image_encoder_name_or_path", source):
-        image_encoder = EfficientNetEncoder.load(source, args.cache_dir)
-        image_encoder.requires_grad_(False).eval().to(device, dtype)
+    """The text encoder and the image encoder, frozen, in the dtype of mixed precision where the device
+    supports it."""
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16} if accelerator.native_amp else {}
+    dtype = half.get(accelerator.mixed_precision, torch.float32)
+    text_encoder = load_text_encoder(args, dtype)
+    with explain_errors(args, "pretrained_image_encoder_name_or_path"):
+        image_encoder = EfficientNetEncoder.load(args.pretrained_image_encoder_name_or_path, args.cache_dir)
+    for encoder in (text_encoder, image_encoder):
+        encoder.requires_grad_(False).eval().to(accelerator.device, dtype)
     return text_encoder, image_encoder
 
 
@@ -1608,29 +539,32 @@ def load_prior(
     text_encoder: CLIPTextModel,
     image_encoder: EfficientNetEncoder,
 ) -> wuerstchen.WuerstchenPrior:
-    """The prior in float32, pretrained or from the checkpoint. It must match both encoders."""
-    source = args.pretrained_prior_model_name_or_path
-    with explain_errors("--pretrained_prior_model_name_or_path", source):
+    """The prior in float32, pretrained or as `save_prior` wrote it to the checkpoint."""
+    source, location = args.pretrained_prior_model_name_or_path, {"cache_dir": args.cache_dir}
+    with explain_errors(args, "pretrained_prior_model_name_or_path"):
         prior = wuerstchen.WuerstchenPrior.from_pretrained(
-            checkpoint or source, subfolder="prior", torch_dtype=torch.float32, cache_dir=args.cache_dir
+            checkpoint or source, subfolder="prior", torch_dtype=torch.float32, **location
         )
-        width = text_encoder.config.hidden_size
-        if width != prior.config.c_cond:
-            raise ValueError(f"its text encoder has {width} features, its prior c_cond={prior.config.c_cond}")
-    with explain_errors(
-        "--pretrained_image_encoder_name_or_path", args.pretrained_image_encoder_name_or_path
-    ):
-        channels = image_encoder.config.c_latent
-        if channels != prior.config.c_in:
-            raise ValueError(f"it has c_latent={channels} channels, but the prior c_in={prior.config.c_in}")
+        channels, width = image_encoder.config.c_latent, text_encoder.config.hidden_size
+        if (prior.config.c_in, prior.config.c_cond) != (channels, width):
+            raise ValueError(
+                f"the prior needs latents of c_in={prior.config.c_in} channels and prompt embeddings of "
+                f"c_cond={prior.config.c_cond}, but the encoders' have {channels} and {width}"
+            )
     prior.set_attn_processor(AttnProcessor2_0())  # the same attention, by PyTorch's memory-efficient kernel
     if args.gradient_checkpointing:
         prior.enable_gradient_checkpointing()
     return prior
 
 
+def save_prior(prior: wuerstchen.WuerstchenPrior, folder: Path):
+    """Writes the prior, for checkpoints and the result, without the local path it was loaded from."""
+    prior.register_to_config(_name_or_path="")
+    prior.save_pretrained(folder)
+
+
 def load_ema(
-    args: argparse.Namespace, prior: wuerstchen.WuerstchenPrior, checkpoint: Path | None, device: torch.device
+    args: argparse.Namespace, prior: wuerstchen.WuerstchenPrior, checkpoint: Path | None
 ) -> EMAModel | None:
     """The average of the prior's weights (decay 0.9999, ramp-up) on every rank, new or the checkpoint's, in
     the device's memory or, with --offload_ema, in main memory."""
@@ -1643,17 +577,16 @@ def load_ema(
         ema_prior = EMAModel.from_pretrained(checkpoint / "prior_ema", type(prior), foreach=True)
     else:
         raise SystemExit(f"--use_ema: {checkpoint} has no prior_ema/, since its run did not use --use_ema")
-    ema_prior.to("cpu" if args.offload_ema else device)
+    ema_prior.to("cpu" if args.offload_ema else prior.device)
     return ema_prior
 
 
-def update_ema(ema_prior: EMAModel | None, prior: torch.nn.Module):
-    """Moves the average, if there is one, towards the prior's weights, on the device of the average."""
-    if ema_prior is not None:
-        device = ema_prior.shadow_params[0].device
-        # Whether a weight is trained decides whether it is averaged.
-        weights = [p.detach().to(device).requires_grad_(p.requires_grad) for p in prior.parameters()]
-        ema_prior.step(weights)
+def update_ema(ema_prior: EMAModel, prior: torch.nn.Module):
+    """Moves the average towards the prior's weights, on the device of the average."""
+    device = ema_prior.shadow_params[0].device
+    # Whether a weight is trained decides whether it is averaged.
+    weights = [p.detach().to(device).requires_grad_(p.requires_grad) for p in prior.parameters()]
+    ema_prior.step(weights)
 
 
 @contextlib.contextmanager
@@ -1670,16 +603,9 @@ def ema_weights(prior: wuerstchen.WuerstchenPrior, ema_prior: EMAModel | None) -
         ema_prior.restore(prior.parameters())
 
 
-def load_noise_scheduler(device: torch.device) -> DDPMWuerstchenScheduler:
-    """The cosine schedule, with its constants on the device, which avoids a host sync per call."""
-    noise_scheduler = DDPMWuerstchenScheduler()
-    noise_scheduler.s = noise_scheduler.s.to(device)
-    noise_scheduler._init_alpha_cumprod = noise_scheduler._init_alpha_cumprod.to(device)
-    return noise_scheduler
-
-
-def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace, device: torch.device):
-    """The optimizer of the prior's trainable parameters. All three decay weights apart from the gradients."""
+def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """The optimizer of the trainable parameters, with decoupled weight decay. Parameter groups may have
+    learning rates and decays of their own: the schedule scales each group's rate."""
     settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit as optimizer_cls
@@ -1690,21 +616,18 @@ def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace, device: tor
         settings = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     else:
         optimizer_cls = torch.optim.AdamW
-        settings["fused"] = device.type in ("cuda", "cpu", "mps", "xpu")
-    return optimizer_cls(
-        [parameter for parameter in prior.parameters() if parameter.requires_grad],
-        lr=args.learning_rate,
-        weight_decay=args.adam_weight_decay,
-        **settings,
-    )
+        settings["fused"] = True
+    parameters = [parameter for parameter in prior.parameters() if parameter.requires_grad]
+    settings |= {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+    return optimizer_cls(parameters, **settings)
 
 
-def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, global_step: int):
-    """The learning rate as a function of the step, from `global_step` on. The flags of this run apply, not
-    what a checkpoint's optimizer remembers."""
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, first_step: int):
+    """The schedule, which multiplies each parameter group's learning rate by a factor of the step, from
+    `first_step` on."""
     for group in optimizer.param_groups:
-        group.update(optimizer.defaults, initial_lr=args.learning_rate)
-    # A step that fp16's gradient scaler skips counts, too. PyTorch warns if the first one is skipped.
+        group["initial_lr"] = group["lr"]
+    # Skipped fp16 steps still advance the schedule. PyTorch warns if the first one is skipped.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     return get_scheduler(
         args.lr_scheduler,
@@ -1712,49 +635,18 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace
         step_rules=args.lr_step_rules,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
-        last_epoch=global_step - 1,
+        last_epoch=first_step - 1,
     )
 
 
-def check_finite(
-    accelerator: Accelerator,
-    output_dir: Path,
-    step: int,
-    loss: float,
-    grad_norm: float,
-    rows: list[int],
-    timesteps: list[torch.Tensor],
-):
-    """Ends the run before a loss or gradient that is not finite reaches the weights.
-
-    In fp16 an overflow is normal: the gradient scaler skips the step and halves its scale, until there is
-    none left.
-    """
-    if accelerator.scaler is None:
-        diverged = not math.isfinite(loss + grad_norm)
-    else:
-        diverged = accelerator.scaler.get_scale() < MIN_LOSS_SCALE
-    if diverged:
-        raise SystemExit(
-            f"stopped before step {step}: loss {loss}, gradient norm {grad_norm}, rows {rows}, timesteps "
-            f"{torch.cat(timesteps).tolist()}; {describe_last(output_dir)}"
-        )
-
-
-def check_finite_weights(prior: torch.nn.Module, output_dir: Path, step: int):
-    """Ends the run before weights that an optimizer step made overflow are saved."""
-    norms = torch._foreach_norm([parameter.detach() for parameter in prior.parameters()])
-    if not torch.stack(norms).isfinite().all():
-        raise SystemExit(f"stopped after step {step}: weights are not finite; {describe_last(output_dir)}")
-
-
-def describe_last(output_dir: Path) -> str:
-    """Names the newest checkpoint for a message."""
-    names = [path.name for path in list_checkpoints(output_dir)]
-    return f"the last good checkpoint: {names[-1] if names else 'none'}"
-
-
 # -------------------------------------------------------------------------------------------------- diffusion
+@torch.no_grad()
+def embed_captions(tokens: dict[str, torch.Tensor], text_encoder: CLIPTextModel) -> torch.Tensor:
+    """Embeds tokenized captions, (B, 77) to (B, 77, width): the text encoder's last hidden state."""
+    tokens = send_to_device(tokens, text_encoder.device)
+    return text_encoder(tokens["text_input_ids"], attention_mask=tokens["text_mask"]).last_hidden_state
+
+
 def normalize_pixels(pixels: torch.Tensor) -> torch.Tensor:
     """Normalizes (B, 3, H, W) uint8 RGB by ImageNet's mean and deviation, to float32. With scalars, since
     torchvision's function copies tensors of three numbers to the device, a host sync per call."""
@@ -1763,22 +655,10 @@ def normalize_pixels(pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def embed_captions(tokens: dict[str, torch.Tensor], text_encoder: CLIPTextModel) -> torch.Tensor:
-    """Embeds tokenized captions, (B, 77) to (B, 77, width): the text encoder's last hidden state."""
-    tokens = send_to_device(tokens, text_encoder.device)
-    return text_encoder(tokens["text_input_ids"], attention_mask=tokens["text_mask"]).last_hidden_state
-
-
-@torch.no_grad()
 def embed_images(pixels: torch.Tensor, image_encoder: EfficientNetEncoder) -> torch.Tensor:
     """The latents of images, (B, 3, H, W) uint8 to (B, 16, H / 32, W / 32)."""
     pixels = normalize_pixels(pixels.to(image_encoder.device))
     return image_encoder(pixels.to(image_encoder.dtype))
-
-
-def embed_prompts(prompts: list[str], tokenizer: CLIPTokenizerFast, text_encoder: CLIPTextModel) -> list:
-    """The embedding of each prompt by itself, (1, 77, width)."""
-    return [embed_captions(tokenize_captions([prompt], tokenizer), text_encoder) for prompt in prompts]
 
 
 def encode_batch(batch: dict, text_encoder, image_encoder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1789,30 +669,39 @@ def encode_batch(batch: dict, text_encoder, image_encoder) -> tuple[torch.Tensor
     return embed_images(batch["effnet_pixel_values"], image_encoder), embed_captions(tokens, text_encoder)
 
 
+def derive_seed(*key) -> int:
+    """A well-mixed 63-bit seed for a purpose: derive_seed(seed, "epoch", 3)."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_generators(seed: int, device: torch.device | None = None):
+    """Seeds the default generators of Python, numpy and torch, on the CPU and `device`. (`set_seed` formats a
+    stack trace for each kind of device that is missing: 0.3 ms.)"""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def sample_noise(
     positions: list[int], shape: Sequence[int], device: torch.device, *key
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Standard normal noise, (B, *shape), and uniform random numbers in [0, 1), (B,), both float32.
 
-    Those of a sample follow from its position and `key`, on any device and number of processes.
+    Both follow from a sample's position and `key`, on any device and number of processes.
     """
     noise, uniform = [], []
     for position in positions:
         generator = torch.Generator().manual_seed(derive_seed(*key, position))
         noise.append(torch.randn(shape, generator=generator))
         uniform.append(torch.rand((), generator=generator))
-    noise, uniform = torch.stack(noise), torch.stack(uniform)
-    if device.type == "cuda":  # other memory is copied synchronously
-        noise, uniform = noise.pin_memory(), uniform.pin_memory()
-    return noise.to(device, non_blocking=True), uniform.to(device, non_blocking=True)
+    return to_device(torch.stack(noise), device), to_device(torch.stack(uniform), device)
 
 
-def seed_dropout(seed: int, device: torch.device):
-    """Seeds the default generators of the CPU and the device. `torch.manual_seed` would do so, too, and for
-    each kind of device that is not there it formats a stack trace: 0.3 ms a micro-step."""
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a CPU tensor to the device without waiting, which needs pinned memory on CUDA."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def sample_timesteps(u: torch.Tensor, sampling: str) -> torch.Tensor:
@@ -1821,6 +710,14 @@ def sample_timesteps(u: torch.Tensor, sampling: str) -> torch.Tensor:
     With the latter, from train_stage_C.py of dome272/Wuerstchen, 7.5 % are 1, where generation starts.
     """
     return u if sampling == "uniform" else ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
+
+
+def load_noise_scheduler(device: torch.device) -> DDPMWuerstchenScheduler:
+    """The cosine schedule, with its constants on the device, which avoids a host sync per call."""
+    noise_scheduler = DDPMWuerstchenScheduler()
+    noise_scheduler.s = noise_scheduler.s.to(device)
+    noise_scheduler._init_alpha_cumprod = noise_scheduler._init_alpha_cumprod.to(device)
+    return noise_scheduler
 
 
 def diffusion_loss(
@@ -1834,11 +731,14 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """The per-sample MSE between predicted and added noise, (B,) float32, for training and held-out rows.
 
-    "p2" weights it by 1 / (1 + SNR) = 1 - alpha_bar(t): P2 weighting (arXiv:2204.00227) with k = gamma = 1,
-    as in Würstchen's original training.
+    Latents and noise are (B, 16, H, W), prompt_embeds (B, 77, width), timesteps (B,) in [0, 1]. "p2" weights
+    it by 1 / (1 + SNR) = 1 - alpha_bar(t): P2 weighting (arXiv:2204.00227) with k = gamma = 1, as in
+    Würstchen's original training.
     """
+    # Scale the latents, and add noise according to the timesteps: the forward diffusion process.
     image_embeds = (latents.float() + LATENT_STD) / LATENT_MEAN
     noisy_latents = noise_scheduler.add_noise(image_embeds, noise, timesteps)
+    # Predict the noise residual and compute the loss.
     pred_noise = prior(noisy_latents, timesteps, prompt_embeds)
     losses = F.mse_loss(pred_noise.float(), noise, reduction="none").mean(dim=(1, 2, 3))
     if weighting == "p2":
@@ -1847,459 +747,1072 @@ def diffusion_loss(
     return losses
 
 
-def reduce_metrics(
-    accelerator: Accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool
-) -> tuple[float, float, bool]:
-    """The mean loss over the ranks, the gradient norm, and whether any rank should stop, with one all-reduce
-    and one transfer from the device. (`accelerator.check_trigger` would need another of both.)"""
-    reduced = accelerator.reduce(torch.stack([loss, torch.full_like(loss, float(stop))]), "mean")
-    loss, stop, grad_norm = torch.cat([reduced, grad_norm.to(reduced)[None]]).tolist()
-    return loss, grad_norm, stop > 0
+def check_finite(accelerator: Accelerator, loss: float, grad_norm: float, step: int, rows: list[int]):
+    """Ends the run before a loss or gradient that is not finite reaches the weights.
+
+    In fp16 an overflow is normal: the gradient scaler skips the step and halves its scale, until it is too
+    small.
+    """
+    if accelerator.scaler is None:
+        diverged = not math.isfinite(loss + grad_norm)
+    else:
+        diverged = accelerator.scaler.get_scale() < MIN_LOSS_SCALE
+    if diverged:
+        message = f"stopped before step {step}: loss {loss}, gradient norm {grad_norm}, rows {rows}"
+        raise SystemExit(f"{message}; the last checkpoint in {accelerator.project_dir} is good")
 
 
 # ------------------------------------------------------------------------------------------------- validation
-def is_validation_due(global_step: int, args: argparse.Namespace, plan: SamplePlan) -> bool:
+def is_validation_due(
+    global_step: int, args: argparse.Namespace, samples_per_step: int, num_rows: int
+) -> bool:
     """Whether to validate: before the first step, and then every --validation_steps, or after the first epoch
     and every --validation_epochs from there."""
-    if global_step == 0:
-        return True
-    if args.validation_steps is not None:
-        return global_step % args.validation_steps == 0
-    epochs_before = (global_step - 1) * plan.samples_per_step // plan.num_rows
-    epochs_after = global_step * plan.samples_per_step // plan.num_rows
-    return any(epoch % args.validation_epochs == 0 for epoch in range(epochs_before, epochs_after))
+    if global_step == 0 or args.validation_steps is not None:
+        return global_step % (args.validation_steps or 1) == 0
+    epochs = [step * samples_per_step // num_rows for step in (global_step - 1, global_step)]
+    return any(epoch % args.validation_epochs == 0 for epoch in range(*epochs))
 
 
 def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.WuerstchenDecoderPipeline:
     """The pipeline that decodes the prior's latents to images. Its components are loaded by their own
-    classes, since those that its model_index.json names could be code in the folder."""
-    source = args.pretrained_decoder_model_name_or_path
-    location = {"cache_dir": args.cache_dir}
-    config = wuerstchen.WuerstchenDecoderPipeline.load_config(source, **location)
-    half = location | {"torch_dtype": dtype}
-    return wuerstchen.WuerstchenDecoderPipeline(
-        tokenizer=CLIPTokenizerFast.from_pretrained(source, subfolder="tokenizer", **location),
-        text_encoder=CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype, **location),
-        decoder=wuerstchen.WuerstchenDiffNeXt.from_pretrained(source, subfolder="decoder", **half),
-        scheduler=DDPMWuerstchenScheduler.from_pretrained(source, subfolder="scheduler", **location),
-        vqgan=wuerstchen.PaellaVQModel.from_pretrained(source, subfolder="vqgan", **half),
-        latent_dim_scale=config.get("latent_dim_scale", 10.67),
-    )
+    classes, since the classes that its model_index.json names could be code in the folder."""
+    source, location = args.pretrained_decoder_model_name_or_path, {"cache_dir": args.cache_dir}
+    classes = {
+        "tokenizer": CLIPTokenizerFast,
+        "text_encoder": CLIPTextModel,
+        "decoder": wuerstchen.WuerstchenDiffNeXt,
+        "scheduler": DDPMWuerstchenScheduler,
+        "vqgan": wuerstchen.PaellaVQModel,
+    }
+    with explain_errors(args, "pretrained_decoder_model_name_or_path"):
+        config = wuerstchen.WuerstchenDecoderPipeline.load_config(source, **location)
+        if not {"decoder", "vqgan"} <= config.keys():
+            raise ValueError("its model_index.json is not that of a Würstchen decoder")
+        parts = {
+            name: part.from_pretrained(source, subfolder=name, **location) for name, part in classes.items()
+        }
+        scale = config.get("latent_dim_scale", 10.67)
+        return wuerstchen.WuerstchenDecoderPipeline(**parts, latent_dim_scale=scale).to(dtype)
 
 
-def decoder_image_size(decoder_pipeline: wuerstchen.WuerstchenDecoderPipeline, resolution: float) -> int:
+def decoder_image_size(decoder: wuerstchen.WuerstchenDecoderPipeline, resolution: float) -> int:
     """The side in pixels of the image that latents trained at `resolution` stand for: 1024 for 768.
 
     The decoder's own latents are `latent_dim_scale` times as many, and it halves them level by level, so not
     every side is possible. The nearest one is taken.
     """
-    config = decoder_pipeline.decoder.config
-    scale = decoder_pipeline.config.latent_dim_scale
+    config, scale = decoder.decoder.config, decoder.config.latent_dim_scale
     divisor = config.patch_size * 2 ** (len(config.c_hidden) - 1)
     trained_side = math.ceil(resolution / STRIDE)
     sides = [side for side in range(1, trained_side + 2 * divisor) if int(side * scale) % divisor == 0]
     return int(min(sides, key=lambda side: abs(side - trained_side)) * RESOLUTION_MULTIPLE)
 
 
-def validation_images(args: argparse.Namespace) -> list[tuple[int, tuple[int, int] | None]]:
-    """What is generated: the index of each image's prompt, and its width and height. None is the size of the
-    latents trained at --resolution, with which all prompts come first."""
-    pixels = args.validation_size or []
-    sizes = [None, *zip(pixels[::2], pixels[1::2], strict=True)]
-    return [(index, size) for size in sizes for index in range(len(args.validation_prompts or []))]
+def validation_images(args: argparse.Namespace) -> list[tuple[str, str, tuple[float, float]]]:
+    """What is generated: each image's prompt, the end of its file's name, and the resolutions in training
+    that its width and height stand for. The images of all prompts at --resolution come first."""
+    pixels, sizes = args.validation_size or [], [("", [args.resolution] * 2)]
+    for size in zip(pixels[::2], pixels[1::2], strict=True):
+        sizes.append((f"-{size[0]}x{size[1]}", [side * STRIDE / RESOLUTION_MULTIPLE for side in size]))
+    prompts = list(enumerate(args.validation_prompts or []))
+    return [(prompt, f"prompt-{i}{name}", size) for name, size in sizes for i, prompt in prompts]
 
 
-@dataclass
-class Validator:
-    """Generates images for the validation prompts and computes the held-out loss: without dropout, with
-    averaged weights if there are any, and with the same noise every time, apart from the training's."""
+def log_validation(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    models: tuple,
+    load_held_out: Callable[[], Iterable[dict]],
+    num_held_out: int,
+    global_step: int,
+):
+    """Generates images for the validation prompts and computes the held-out loss, and logs them: without
+    dropout, with averaged weights if there are any, and with the same noise every time, independent of the
+    training noise. All ranks take part; `load_held_out` gives a rank's share of the held-out rows."""
+    prior, ema_prior, decoder, noise_scheduler, encoders, prompt_embeds = models
+    images, losses = [], {}
+    accelerator.wait_for_everyone()  # rank 0 may be saving the result
+    prior.eval()
+    with ema_weights(prior, ema_prior), torch.no_grad():
+        if args.validation_prompts:
+            images = generate_images(accelerator, args, prior, decoder, noise_scheduler, prompt_embeds)
+        if num_held_out:
+            inputs = (prior, noise_scheduler, encoders, load_held_out(), num_held_out)
+            losses = compute_held_out_loss(accelerator, args, *inputs)
+            logger.info(f"Held-out loss at step {global_step}: {losses['val_loss']:.4f}")
+    prior.train()
+    log_metrics(accelerator, losses, global_step)
+    if accelerator.is_main_process:
+        log_images(accelerator, args, images, global_step)
+        save_loss_curve(args.output_dir)
 
-    accelerator: Accelerator
-    args: argparse.Namespace
-    prior: wuerstchen.WuerstchenPrior
-    ema_prior: EMAModel | None
-    noise_scheduler: DDPMWuerstchenScheduler
-    encode: Callable[[dict], tuple[torch.Tensor, torch.Tensor]]
-    empty_embeds: torch.Tensor
-    prompt_embeds: list[torch.Tensor]
-    held_out_dataloader: DataLoader | None
-    signals: list[int]
-    skipped_rows: set[int] = field(default_factory=set)
-    decoder: wuerstchen.WuerstchenDecoderPipeline | None = None  # loaded when it is first needed
 
-    def log_validation(self, global_step: int):
-        """Validates and logs the results, unless the run that this one resumes has done so at this step."""
-        output_dir = Path(self.args.output_dir)
-        wait_for_slow_ranks(self.accelerator)  # the first one may be saving the result
-        if not self.is_done(global_step):
-            self.prior.eval()
-            with ema_weights(self.prior, self.ema_prior):
-                images = self.generate_images(global_step) if self.prompt_embeds else []
-                losses = self.compute_held_out_loss() if self.held_out_dataloader is not None else {}
-            self.prior.train()
-            if losses:
-                logger.info(f"Held-out loss at step {global_step}: {losses['val_loss']:.4f}")
-            if self.accelerator.is_main_process:
-                log_images(self.accelerator, self.args, images, global_step)
-            log_metrics(self.accelerator, losses, global_step)  # last: `is_done` looks for them
-        if self.accelerator.is_main_process:
-            save_loss_curve(output_dir)
+def generate_images(
+    accelerator: Accelerator, args: argparse.Namespace, prior, decoder, noise_scheduler, prompt_embeds: dict
+) -> list[Image.Image]:
+    """The `validation_images`, shared out among the ranks; none, and a warning, if one fails.
 
-    def is_done(self, global_step: int) -> bool:
-        """Whether there is nothing left to do at this step."""
-        output_dir = Path(self.args.output_dir)
-        if self.held_out_dataloader is not None:
-            done = any(row["step"] == global_step for row in read_metrics(output_dir, "val_loss"))
-        elif self.prompt_embeds:
-            done = sample_file(output_dir, global_step, *validation_images(self.args)[-1]).exists()
-        else:
-            done = True
-        return broadcast_object_list([done])[0]
+    They are generated as the published pipelines do, in the nearest size that the decoder supports.
+    """
+    # The pipeline reads the dtype of `text_encoder` only, so pass the prior: in half precision the timesteps
+    # would differ from the training's.
+    pipeline = wuerstchen.WuerstchenPriorPipeline(None, prior, prior, noise_scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    decoder.set_progress_bar_config(disable=True)
+    wanted, images = validation_images(args), []
 
-    @torch.no_grad()
-    def generate_images(self, global_step: int) -> list[Image.Image]:
-        """The `validation_images`, shared out among the ranks; none, and a warning, if one fails."""
-        device, is_main_process = self.accelerator.device, self.accelerator.is_main_process
-        wanted = validation_images(self.args)
-        images, errors = [], []
-        try:  # nothing in here may wait for other ranks
-            if self.decoder is None:
-                self.decoder = load_decoder(self.args, self.empty_embeds.dtype)
-                self.decoder.set_progress_bar_config(disable=True)
-                for size in {size for _, size in wanted if size is not None}:
-                    nearest = self.find_image_size(size)
-                    if size != nearest:
-                        logger.warning(f"--validation_size: the decoder makes {nearest} of {size}")
-            self.decoder.to(device)
-            with self.accelerator.split_between_processes(wanted) as own_share:
-                progress = tqdm(own_share, "Images", leave=False, disable=not is_main_process)
-                images = [self.generate_image(index, size) for index, size in progress]
-        except Exception as error:
-            is_memory_error = "out of memory" in str(error)
-            advice = " (a smaller --train_batch_size leaves more memory)" if is_memory_error else ""
-            errors.append(f"{type(error).__name__}: {error}{advice}")
-        if self.decoder is not None and device.type != "cpu":
-            self.decoder.to("cpu")
-            torch.cuda.empty_cache()
-        wait_for_slow_ranks(self.accelerator)  # one may have another image to generate
-        images, errors = gather_object(images), gather_object(errors)
-        if errors:
-            logger.warning(f"No validation images at step {global_step}: {errors[0]}")
-            return []
-        return images[: len(wanted)]
+    def generate_image(prompt: str, resolutions: Sequence[float]) -> Image.Image:
+        width, height = (decoder_image_size(decoder, resolution) for resolution in resolutions)
+        generator = torch.Generator().manual_seed(args.seed)
+        latents = pipeline(
+            height=height,
+            width=width,
+            prompt_embeds=prompt_embeds[prompt],
+            negative_prompt_embeds=prompt_embeds[""],
+            timesteps=wuerstchen.DEFAULT_STAGE_C_TIMESTEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=generator,
+        ).image_embeddings
+        return decoder(latents, prompt, guidance_scale=0.0, generator=generator).images[0]
 
-    def find_image_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """The width and height that the decoder supports: nearest to `size`, or of the trained latents."""
-        if size is None:
-            return (decoder_image_size(self.decoder, self.args.resolution),) * 2
-        resolutions = [pixels * STRIDE / RESOLUTION_MULTIPLE for pixels in size]
-        return tuple(decoder_image_size(self.decoder, resolution) for resolution in resolutions)
+    with only_warn("Generating validation images"):  # nothing in here may wait for other ranks
+        decoder.to(accelerator.device)
+        with accelerator.split_between_processes(wanted) as own_share, accelerator.autocast():
+            progress = tqdm(own_share, "Images", leave=False, disable=not accelerator.is_main_process)
+            images = [generate_image(prompt, resolutions) for prompt, _, resolutions in progress]
+    if accelerator.device.type != "cpu":
+        decoder.to("cpu")
+        torch.cuda.empty_cache()
+    accelerator.wait_for_everyone()  # another rank may have one more image to generate
+    images = gather_object(images)[: len(wanted)]
+    return images if len(images) == len(wanted) else []
 
-    def generate_image(self, index: int, size: tuple[int, int] | None) -> Image.Image:
-        """Generates an image of a prompt as the published pipelines do, from the same noise every time."""
-        # The pipeline takes its dtype from the text encoder, for which the prior stands in: in half precision
-        # the timesteps would be others than in training, and the text encoder may have been freed.
-        pipeline = wuerstchen.WuerstchenPriorPipeline(None, self.prior, self.prior, self.noise_scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        width, height = self.find_image_size(size)
-        prompt = self.args.validation_prompts[index]
-        generator = torch.Generator().manual_seed(self.args.seed)
-        with self.accelerator.autocast():
-            latents = pipeline(
-                height=height,
-                width=width,
-                prompt_embeds=self.prompt_embeds[index],
-                negative_prompt_embeds=self.empty_embeds,
-                timesteps=wuerstchen.DEFAULT_STAGE_C_TIMESTEPS,
-                guidance_scale=GUIDANCE_SCALE,
-                generator=generator,
-            ).image_embeddings
-            return self.decoder(latents, prompt, guidance_scale=0.0, generator=generator).images[0]
 
-    @torch.no_grad()
-    def compute_held_out_loss(self) -> dict[str, float]:
-        """The mean loss of the held-out rows, in total and for each band of timesteps. A row's noise follows
-        from its number, and the rows' timesteps divide [0, 1) evenly."""
-        device, is_main_process = self.accelerator.device, self.accelerator.is_main_process
-        num_rows, num_batches = len(self.held_out_dataloader.dataset.rows), len(self.held_out_dataloader)
-        sums = torch.zeros(2, NUM_LOSS_BANDS, device=device)  # of losses and of samples
-        seed = self.args.seed
-        batches = iterate_batches(self.held_out_dataloader, device, self.skipped_rows, self.signals)
-        for batch in tqdm(batches, "Held-out loss", num_batches, leave=False, disable=not is_main_process):
-            latents, prompt_embeds = self.encode(batch)
-            noise, _ = sample_noise(batch["positions"], latents.shape[1:], device, seed, "held out")
-            timesteps = (torch.tensor(batch["positions"], device=device) + 0.5) / num_rows
-            inputs = (self.prior, self.noise_scheduler, latents, prompt_embeds, noise, timesteps)
-            with self.accelerator.autocast():
-                losses = diffusion_loss(*inputs, self.args.loss_weighting)
-            bands = (timesteps * NUM_LOSS_BANDS).long()
-            sums.index_add_(1, bands, torch.stack([losses, torch.ones_like(losses)]))
-        losses, counts = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = {"val_loss": sum(losses) / sum(counts)}
-        for band in range(NUM_LOSS_BANDS):
-            if counts[band]:
-                metrics[f"val_loss_t{band / NUM_LOSS_BANDS}"] = losses[band] / counts[band]
-        return metrics
+def compute_held_out_loss(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    prior,
+    noise_scheduler,
+    encoders,
+    batches,
+    num_rows: int,
+) -> dict[str, float]:
+    """The mean loss of the held-out rows, in total and for each band of timesteps. A row's noise and timestep
+    follow from its number: they are the same every time, and the timesteps divide [0, 1) evenly."""
+    device = accelerator.device
+    sums = torch.zeros(2, NUM_LOSS_BANDS, device=device)  # of losses and of samples
+    for batch in tqdm(batches, "Held-out loss", leave=False, disable=not accelerator.is_main_process):
+        latents, prompt_embeds = encode_batch(batch, *encoders)
+        noise, _ = sample_noise(batch["position"], latents.shape[1:], device, args.seed, "held out")
+        timesteps = (torch.tensor(batch["position"], device=device) + 0.5) / num_rows
+        inputs = (prior, noise_scheduler, latents, prompt_embeds, noise, timesteps)
+        with accelerator.autocast():
+            losses = diffusion_loss(*inputs, args.loss_weighting)
+        bands = (timesteps * NUM_LOSS_BANDS).long()
+        sums.index_add_(1, bands, torch.stack([losses, torch.ones_like(losses)]))
+    losses, counts = accelerator.reduce(sums, "sum").tolist()
+    metrics = {"val_loss": sum(losses) / sum(counts)}
+    for band, (loss, count) in enumerate(zip(losses, counts, strict=True)):
+        metrics |= {f"val_loss_t{band / NUM_LOSS_BANDS}": loss / count} if count else {}
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------- main
+def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not split up
+    args = parse_args(argv)
+    accelerator = setup_accelerator(args)  # all ranks run `main`, rank 0 alone what `is_main_process` guards
+    device, is_main_process = accelerator.device, accelerator.is_main_process
+
+    # Where the run starts: at step 0, or at a checkpoint, whose seed it keeps.
+    lock_output_dir(accelerator, args)
+    checkpoint = find_checkpoint(args)
+    stale_checkpoints = check_output_dir(args, checkpoint)
+    state = read_state(checkpoint) if checkpoint else {"global_step": 0, "validated_step": -1}
+    if not checkpoint or stale_checkpoints or checkpoint.parent != args.output_dir.resolve():
+        state["wandb_run_id"] = (
+            f"{random.getrandbits(40):010x}"  # a branch is a new run: wandb has these steps
+        )
+    global_step = first_step = state["global_step"]
+    if args.seed is None:
+        args.seed = state["plan"]["seed"] if checkpoint else random.getrandbits(31)
+    if is_main_process:
+        args.hub_model_id = check_destinations(args)
+    args.seed, args.hub_model_id = broadcast_object_list([args.seed, args.hub_model_id])
+
+    # The data: each row's image and captions, and the size to which the image is resized and cropped.
+    tokenizer = load_tokenizer(args)
+    dataset, captions, rows_hash = check_rows(load_train_dataset(args), args)
+    prompts = ["", *(args.validation_prompts or [])]
+    if is_main_process:
+        report_captions(captions + prompts[1:], tokenizer)
+    train_rows, held_out_rows = split_held_out(len(dataset), args.validation_split or 0, args.seed)
+    sizes = choose_sizes(dataset, train_rows, args, accelerator)
+    num_rows = len(train_rows)
+    samples_per_step = accelerator.num_processes * args.train_batch_size * args.gradient_accumulation_steps
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * num_rows / samples_per_step)
+    # With the same plan a resumed run continues with the same samples, on any number of processes.
+    plan = {
+        "seed": args.seed,
+        "num_rows": num_rows,
+        "rows_hash": rows_hash,
+        "samples_per_step": samples_per_step,
+        "buckets": args.aspect_ratio_buckets and [args.train_batch_size, *sizes[train_rows].mean(axis=0)],
+        "optimizer": args.optimizer,
+    }
+    check_same_run(args, plan, state, checkpoint)
+    state |= {"plan": plan, "settings": public_settings(args)}
+
+    # The models. The encoders are frozen, in half precision under mixed precision; the prior is float32.
+    encoders = load_encoders(args, accelerator)
+    prior = unwrapped_prior = load_prior(args, checkpoint, *encoders).to(device)
+    ema_prior = load_ema(args, prior, checkpoint)
+    noise_scheduler = load_noise_scheduler(device)
+    decoder = load_decoder(args, encoders[0].dtype)  # without prompts only a check: the result needs it
+    decoder = decoder if args.validation_prompts else None
+    prompt_embeds = {p: embed_captions(tokenize_captions([p], tokenizer), encoders[0]) for p in prompts}
+    load = functools.partial(load_batches, args, device, signals := [])
+    preprocess = functools.partial(preprocess_train, args=args, tokenizer=tokenizer)
+    if args.cache_latents:
+        dataset = cache_latents(load, dataset, sizes, rows_hash, args, tokenizer, *encoders)
+        preprocess = functools.partial(preprocess_cached, args=args, empty_embeds=prompt_embeds[""][0].cpu())
+        encoders = [None, None]  # frees their memory
+
+    # The optimizer and the schedule. The prior's weights are the checkpoint's already.
+    if args.compile:
+        compile_prior(prior, accelerator, args, prompt_embeds[""])
+    with explain_errors(args, "optimizer"):
+        optimizer = make_optimizer(prior, args)
+    prior, optimizer = accelerator.prepare(prior, optimizer)
+    if checkpoint:
+        load_optimizer_state(accelerator, optimizer, checkpoint, args)
+    with explain_errors(args, "lr_scheduler"):
+        lr_scheduler = make_lr_scheduler(optimizer.optimizer, args, first_step)
+
+    # The batches: this rank's share of the samples from `first_step` on, and of the held-out rows.
+    load = functools.partial(load, dataset, sizes, preprocess)
+    train_batches = load(
+        train_rows, order_batches(train_rows, sizes, args, accelerator, first_step), train=True
+    )
+    held_out = share_held_out(held_out_rows, sizes, args, accelerator)
+    load_held_out = functools.partial(load, held_out_rows, held_out, train=False)
+    models = (unwrapped_prior, ema_prior, decoder, noise_scheduler, encoders, prompt_embeds)
+    validate = functools.partial(log_validation, accelerator, args, models, load_held_out, len(held_out_rows))
+    if is_main_process:
+        init_trackers(accelerator, args, state)  # they continue at the checkpoint's step
+        truncate_logs(args.output_dir, state)
+
+    logger.info("***** Running training *****")
+    logger.info(
+        f"  Rows = {num_rows}, seed = {args.seed}, devices = {accelerator.num_processes} x {device.type}"
+    )
+    logger.info(f"  Samples per step = {samples_per_step}, steps = {first_step} to {args.max_train_steps}")
+    prior.train()
+    stop = False
+    progress = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=not is_main_process)
+    with deferred_signals(signals), progress, logging_redirect_tqdm():
+        # Each turn does what is due after `global_step` steps and then takes a step: the first one validates
+        # the untrained prior, the last one saves a checkpoint and takes no step.
+        while True:
+            # ---- Once in a while: validate (all ranks), save a checkpoint (rank 0 writes, all wait), stop
+            is_last = global_step >= args.max_train_steps
+            is_due = not is_last and is_validation_due(global_step, args, samples_per_step, num_rows)
+            if is_due and not stop and state["validated_step"] != global_step:
+                validate(global_step)
+                state["validated_step"] = global_step
+            if global_step > first_step and (stop or is_last or global_step % args.checkpointing_steps == 0):
+                state["global_step"] = global_step
+                saved = save_checkpoint(accelerator, args, state, unwrapped_prior, ema_prior, optimizer)
+            if stop:
+                logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
+                end_training(accelerator)
+                sys.exit(128 + max(signals, default=signal.SIGTERM) if saved else 74)  # EX_IOERR
+            if is_last:
+                break
+
+            # ---- One training step (all ranks). All random numbers follow from the seed and the positions of
+            # the samples, whatever the rank.
+            started = time.perf_counter()
+            train_loss, rows = torch.zeros((), device=device), []
+            for _ in range(args.gradient_accumulation_steps):
+                batch = next(train_batches)
+                with accelerator.accumulate(prior):
+                    # Convert images to latents and captions to embeddings
+                    latents, embeds = encode_batch(batch, *encoders)
+                    # Sample noise and a timestep for each image
+                    noise, u = sample_noise(batch["position"], latents.shape[1:], device, args.seed, "noise")
+                    timesteps = sample_timesteps(u, args.timestep_sampling)
+                    # Add the noise, predict the noise residual and compute the loss
+                    seed_generators(derive_seed(args.seed, "dropout", batch["position"][0]), device)
+                    inputs = (prior, noise_scheduler, latents, embeds, noise, timesteps)
+                    loss = diffusion_loss(*inputs, args.loss_weighting).mean()
+                    # Backpropagate
+                    accelerator.backward(loss)
+                train_loss += loss.detach() / args.gradient_accumulation_steps
+                rows += batch["row"]
+
+            # Clip the gradients. The means over the ranks, all of which stop if one should, take one transfer
+            # from the device.
+            grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
+            values = [train_loss, grad_norm.to(train_loss), torch.full_like(train_loss, len(signals))]
+            train_loss, grad_norm, stop = accelerator.reduce(torch.stack(values), "mean").tolist()
+            check_finite(accelerator, train_loss, grad_norm, global_step + 1, rows)
+            # Update the weights, the learning rate and the average
+            optimizer.step()
+            optimizer.zero_grad()
+            lr_scheduler.step()
+            if ema_prior is not None:
+                update_ema(ema_prior, prior)
+            global_step += 1
+
+            # ---- Logging (rank 0)
+            metrics = {
+                "train_loss": train_loss,
+                "lr": lr_scheduler.get_last_lr()[0],
+                "grad_norm": grad_norm,
+                "images_per_second": samples_per_step / (time.perf_counter() - started),
+                "epoch": global_step * samples_per_step / num_rows,
+            }
+            if device.type == "cuda":
+                metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            log_metrics(accelerator, metrics, global_step)
+            while stale_checkpoints and is_main_process:  # not before a step has succeeded
+                delete(stale_checkpoints.pop())
+            shown = {name: f"{metrics[name]:.3g}" for name in ("train_loss", "lr", "images_per_second")}
+            progress.set_postfix(shown, refresh=False)
+            progress.update()
+
+    # The result is on disk before anything is validated or uploaded. The last checkpoint is, as well, so from
+    # here on a signal ends the process, also one that came in the last step.
+    if signals:
+        sys.exit(128 + signals[0])
+    if is_main_process:
+        with ema_weights(unwrapped_prior, ema_prior):
+            image_size = save_pipeline(args, unwrapped_prior, tokenizer, noise_scheduler)
+    validate(global_step)
+    if is_main_process:
+        with only_warn("Writing README.md"):
+            save_model_card(args, image_size, global_step, plan, accelerator)
+        if args.push_to_hub:
+            push_to_hub(args, global_step)
+        log_summary(args, global_step)
+    end_training(accelerator)
+
+
+# ======================================= Part 2: what the training stands on. Skip it on a first reading
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+# Finds the captioned images, or the data files, in a folder as people have it.
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# Includes formats that are not opened, so that a captioned image never disappears silently.
+IMAGE_SUFFIXES = {*Image.registered_extensions(), ".avif", ".heic", ".heif", ".jxl"}
+# Data files and the builders of `datasets` for them. The first kind that is there is read: beside each tar
+# img2dataset writes a Parquet file without images.
+BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
+CAPTION_COLUMNS = ("text", "txt", "caption", "captions", "prompt")  # suggested for --caption_column
+csv.field_size_limit(2**31 - 1)
+
+
+def load_folder(source: str, args: argparse.Namespace) -> datasets.Dataset:
+    """Loads the split train of a data set on the Hub or in a folder: captioned images or, without captions,
+    data files. Add layouts here.
+
+    A folder with a README.md that is given as --dataset_name is a copy of a Hub repo, which it may configure.
+    """
+    folder = Path(source)
+    if args.dataset_name is None and not folder.is_dir():
+        raise ValueError("there is no such folder")
+    if (folder / "dataset_dict.json").is_file() and not (folder / "train").is_dir():
+        raise ValueError("there are no rows in a split named train")
+    for saved in (folder, folder / "train"):  # by `save_to_disk`
+        if (saved / "state.json").is_file():
+            return datasets.load_from_disk(saved)
+    if not folder.is_dir() or (args.dataset_name and (folder / "README.md").is_file()):
+        return datasets.load_dataset(
+            source, args.dataset_config_name, cache_dir=args.cache_dir, split="train"
+        )
+    root = str(folder.resolve())
+    files = list_files(root)
+    rows = read_image_folder(root, files, args.caption_column)
+    if rows:
+        paths, captions = zip(*rows, strict=True)
+        columns = {
+            "image": [{"path": path, "bytes": None} for path in paths],
+            args.caption_column: captions,
+            # For the fingerprint: what is kept in --cache_dir is made anew for an edited file.
+            "modified": [os.path.getmtime(path) if os.path.exists(path) else None for path in paths],
+        }
+        return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+    suffix = next((suffix for suffix in BUILDERS if suffix in map(suffix_of, files)), None)
+    if suffix is None:
+        raise ValueError(
+            "it has no captioned images, WebDataset (.tar), Parquet or Arrow files. Write captions to "
+            'metadata.jsonl, a line {"file_name": "cat.jpg", "text": "a cat"} for each image, or to cat.txt'
+        )
+    return load_data_files(root, files, suffix, args)
+
+
+def list_files(folder: str, parents: tuple[str, ...] = ()) -> list[str]:
+    """All files in a folder, sorted, except hidden ones. Links are followed, unless they lead in a circle."""
+    files, parents = [], (*parents, os.path.realpath(folder))
+    for entry in os.scandir(folder):
+        if not entry.name.startswith((".", "__")) and os.path.realpath(entry.path) not in parents:
+            files += list_files(entry.path, parents) if entry.is_dir() else [entry.path]
+    return sorted(files)
+
+
+def suffix_of(file: str) -> str:
+    """A file's suffix in lower case, such as ".jpg"."""
+    return os.path.splitext(file)[1].lower()
+
+
+def select_train_files(files: list[str], root: str) -> list[str]:
+    """The files in the split train or, if there are none, in no split. An image's split is its top-level
+    folder; a data file's is any folder or its name, such as test-00000-of-00001.parquet."""
+    splits = []
+    for file in files:
+        pattern = r"(?:.*/)?%s(/|(-\d{5}-of-\d{5})?\.\w+$)" if suffix_of(file) in BUILDERS else "%s/"
+        match = re.match(pattern % "(train|validation|test)", Path(file).relative_to(root).as_posix())
+        splits.append(match and match[1])
+    wanted = "train" if "train" in splits else None
+    if wanted not in splits:
+        raise ValueError(f"there are no rows in a split named train, only {', '.join(sorted(set(splits)))}")
+    return [file for file, split in zip(files, splits, strict=True) if split == wanted]
+
+
+def read_image_folder(root: str, files: list[str], caption_column: str) -> list[tuple[str, list[str] | None]]:
+    """The path and the captions of each image that a metadata file names, and of each other one that has a
+    .txt file, in the split train.
+
+    The builder "imagefolder" of `datasets` reads no .txt files, takes the caption "NA" for a missing one and
+    "a::b.jpg" for a URL, and reads several metadata files in an order that changes.
+    """
+    rows, named_in = [], {}
+    metadata_files = [file for file in files if os.path.basename(file) in METADATA_FILES]
+    for file in metadata_files:
+        for path, caption in read_metadata(file, caption_column):
+            if named_in.setdefault(path, file) != file:
+                raise ValueError(f"{named_in[path]} and {file} both name {path}; remove it from one of them")
+            rows.append((path, store_captions(caption)))
+    if len(metadata_files) > 1:
+        rows.sort(key=lambda row: row[0])
+    images = [file for file in files if suffix_of(file) in IMAGE_SUFFIXES]
+    text_files = {os.path.splitext(file)[0]: file for file in files if suffix_of(file) == ".txt"}
+    for image in images:
+        text_file = text_files.get(os.path.splitext(image)[0])
+        if image not in named_in and text_file:
+            text = Path(text_file).read_text(encoding="utf-8-sig", errors="surrogateescape").strip()
+            rows.append((image, store_captions(text.replace("\n", " ") or None)))
+    if not rows:
+        return []
+    used = set(select_train_files([path for path, _ in rows], root))
+    uncaptioned = sorted({*images} - {path for path, _ in rows})
+    message = f"Found {len(used)} captioned images in {root}, {len(uncaptioned)} without captions"
+    logger.info(printable(f"{message}, which are not used: {uncaptioned[:1]}" if uncaptioned else message))
+    return [(path.encode(errors="replace").decode(), captions) for path, captions in rows if path in used]
+
+
+def store_captions(value) -> list[str] | None:
+    """A caption or a list of captions as Arrow can store it: None, which `check_rows` names, if it is not
+    text."""
+    captions = [value] if isinstance(value, str) else value
+    with contextlib.suppress(TypeError, ValueError):  # not strings, or half an emoji
+        return captions if "".join(captions).encode() and isinstance(captions, list) else None
+
+
+def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]]:
+    """Yields the path and the caption of each image that a metadata file names. CSV is text as written.
+
+    Raises:
+        ValueError: with the file and the line, if a row cannot be read.
+    """
+    line = 1
+    try:
+        with open(file, "rb") as source:
+            if file.endswith(".parquet"):
+                rows = pq.read_table(source).to_pylist()
+            elif file.endswith(".csv"):
+                lines = io.StringIO(source.read().decode("utf-8-sig"), newline=None).readlines()
+                separator = max(",;\t", key="".join(lines[:1]).count)
+                rows = csv.DictReader(lines, delimiter=separator, strict=True)
+            else:
+                rows = (json.loads(text) if text.strip() else None for text in source)
+            for row in rows:
+                line = getattr(rows, "line_num", line)
+                if row is not None:  # a blank line
+                    if None in row:
+                        raise ValueError("it has more values than the header: quote captions with commas")
+                    yield find_image_file(os.path.dirname(file), row["file_name"]), row.get(caption_column)
+                line += 1
+    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+        raise ValueError(f"{file}, line {line}: {type(error).__name__}: {error}") from None
+
+
+def find_image_file(folder: str, name: str) -> str:
+    """The path of an image that a metadata file names, also as Windows (backslashes) or macOS (another Unicode
+    normalization) writes it."""
+    names = [name, name.replace("\\", "/"), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
+    return next(filter(os.path.exists, paths), paths[0])
+
+
+def load_data_files(root: str, files: list[str], suffix: str, args: argparse.Namespace) -> datasets.Dataset:
+    """Loads data files by `datasets`. Other columns may differ between files."""
+    files = select_train_files([file for file in files if suffix_of(file) == suffix], root)
+    if any("::" in file for file in files):
+        raise ValueError("`datasets` takes names with '::' for URLs: rename them")
+    logger.info(f"Found {len(files)} {suffix} files in {root}")
+    # Each file is given, escaped: `datasets` takes words in names for splits and [brackets] for patterns.
+    data_files = {"train": [glob.escape(file) for file in files]}
+    load = functools.partial(datasets.load_dataset, BUILDERS[suffix], data_files=data_files, split="train")
+    columns = [args.image_column, args.caption_column]
+    rows = load(streaming=True).select_columns(columns)  # from the first file, before all are copied
+    settings = {".tar": {"features": rows.features}, ".parquet": {"columns": columns}, ".arrow": {}}
+    return load(cache_dir=args.cache_dir, **settings[suffix])
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+# Chooses each row's size, puts the rows in random order, and reads them in batches.
+# Of --aspect_ratio_buckets, long to short side: common cameras and screens.
+ASPECT_RATIOS = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)
+MAX_BAD_ROWS = 12  # unreadable rows drawn in succession, after which the data set is considered broken
+BATCH_TIMEOUT = 10  # seconds without a batch, after which slow storage is reported and a signal is obeyed
+
+
+def bucket_sizes(resolution: int) -> np.ndarray:
+    """Sizes of all ASPECT_RATIOS, (height, width) in pixels, (num_sizes, 2): multiples of 32 with about as
+    many latents as the square of `resolution`. At 768 that is 567 to 588."""
+    roots = np.sqrt([ratio**sign for ratio in ASPECT_RATIOS for sign in (1, -1)])
+    sides = math.ceil(resolution / STRIDE) * np.stack([1 / roots, roots], axis=1)
+    return STRIDE * np.unique(sides.round().clip(1).astype(int), axis=0)
+
+
+def read_ratio(value: dict) -> float:
+    """The ratio of an image's height to its width, from its header, or NaN. A wrong guess only crops more."""
+    with contextlib.suppress(Exception):
+        file = io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            # Without "exif" in `info`, getexif() may decode the image.
+            turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return (image.height / image.width) ** (-1 if turned else 1)
+    return math.nan
+
+
+def choose_sizes(
+    dataset: datasets.Dataset, train_rows: np.ndarray, args: argparse.Namespace, accelerator: Accelerator
+) -> np.ndarray:
+    """The height and width of each row's pixels, (num_rows, 2), by which rows are put into batches: the square
+    of --resolution or, with --aspect_ratio_buckets, the nearest shape that enough rows have for a batch."""
+    if not args.aspect_ratio_buckets:
+        return np.full((len(dataset), 2), args.resolution)
+    ratios = []
+    if accelerator.is_main_process:  # 100,000 headers take 7 seconds
+        images = dataset.select_columns([args.image_column])
+        ratios = [read_ratio(row[args.image_column]) for row in tqdm(images, "Reading image sizes")]
+    ratios, sizes = np.array(broadcast_object_list([ratios])[0]), bucket_sizes(args.resolution)
+    # On a logarithmic scale 1:2 is as far from 1:1 as 2:1.
+    distances = np.abs(np.log(ratios)[:, None] - np.log(sizes[:, 0] / sizes[:, 1]))
+    counts = np.bincount(distances.argmin(axis=1)[train_rows], minlength=len(sizes))
+    is_used = (counts >= args.train_batch_size) | (counts == counts.max())
+    nearest = np.where(is_used, distances, np.inf).argmin(axis=1)
+    # Rows that cannot be read fail later, or are replaced by others of their size: the most frequent one.
+    nearest[np.isnan(ratios)] = counts.argmax()
+    cropped = 1 - np.exp(-np.take_along_axis(distances, nearest[:, None], axis=1))
+    num_rows = Counter(f"{width}x{height}" for height, width in sizes[nearest].tolist())
+    logger.info(
+        f"Rows of each WIDTHxHEIGHT: {dict(num_rows)}. On average {np.nanmean(cropped):.1%} of an image is cropped; "
+        f"{(~is_used & (counts > 0)).sum()} shapes with fewer rows than a micro-batch are not used"
+    )
+    return sizes[nearest]
+
+
+def order_rows(rows: np.ndarray, sizes: np.ndarray, args: argparse.Namespace) -> Iterator[int]:
+    """Yields the rows of one epoch after another, endlessly, as follows from the seed.
+
+    A bucket is the rows of one size, and a micro-batch is of one bucket. In each epoch a bucket's rows, in
+    random order, fill batches, which are mixed with the batches of other buckets. Leftover rows carry over to
+    the next epoch, so that each row is used once an epoch and no batch is smaller.
+    """
+    # Without buckets a batch is a row, so that a resumed run may split up its steps in another way.
+    size = args.train_batch_size if args.aspect_ratio_buckets else 1
+    buckets = defaultdict(list)
+    for epoch in itertools.count():
+        generator = torch.Generator().manual_seed(derive_seed(args.seed, "epoch", epoch))
+        batches = []
+        for row in rows[torch.randperm(len(rows), generator=generator).numpy()].tolist():
+            bucket = buckets[tuple(sizes[row])]
+            bucket.append(row)
+            if len(bucket) == size:
+                batches.append([*bucket])
+                bucket.clear()
+        if args.aspect_ratio_buckets:
+            np.random.default_rng(derive_seed(args.seed, "batches", epoch)).shuffle(batches)
+        yield from itertools.chain.from_iterable(batches)
+
+
+def order_batches(
+    rows: np.ndarray, sizes: np.ndarray, args: argparse.Namespace, accelerator: Accelerator, first_step: int
+) -> Iterator[list[tuple[int, int]]]:
+    """A rank's micro-batches from a step on, endlessly: pairs of a position and its row. To resume, the
+    sequence is run through from the start, a million rows a second."""
+    samples = enumerate(order_rows(rows, sizes, args))
+    batches = iter(lambda: list(itertools.islice(samples, args.train_batch_size)), [])
+    per_step = args.gradient_accumulation_steps * accelerator.num_processes
+    first = first_step * per_step + accelerator.process_index
+    return itertools.islice(batches, first, None, accelerator.num_processes)
+
+
+def group_by_size(rows: Sequence[int], sizes: np.ndarray, batch_size: int) -> list[list[tuple[int, int]]]:
+    """Rows in batches of one size; the last batch of each size may be smaller. A row's position is its index."""
+    groups = defaultdict(list)
+    for sample in enumerate(rows):
+        groups[tuple(sizes[sample[1]])].append(sample)
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+
+
+def share_held_out(
+    rows: np.ndarray, sizes: np.ndarray, args: argparse.Namespace, accelerator: Accelerator
+) -> list[list[tuple[int, int]]]:
+    """A rank's share of the batches of the held-out rows."""
+    batches = group_by_size(rows.tolist(), sizes, args.train_batch_size)
+    return batches[accelerator.process_index :: accelerator.num_processes]
+
+
+class SampleDataset(Dataset):
+    """Reads samples: pairs of a position, from which all random numbers follow, and a row.
+
+    An unreadable row gives {"error": message} or, with --skip_bad_rows, a random one of `rows` of its size in
+    its place. The error is a value, since a DataLoader wraps an exception in its worker's traceback.
+    """
+
+    def __init__(
+        self, dataset: datasets.Dataset, sizes: np.ndarray, rows: np.ndarray, preprocess: Callable, args
+    ):
+        self.dataset, self.sizes, self.rows, self.preprocess, self.args = (
+            dataset,
+            sizes,
+            rows,
+            preprocess,
+            args,
+        )
+
+    def __getitem__(self, sample: tuple[int, int]) -> dict:
+        position, row = sample
+        seed_generators(derive_seed(self.args.seed, "sample", position))
+        skipped = []
+        for _ in range(MAX_BAD_ROWS):
+            try:
+                tensors = self.preprocess(self.dataset[row], tuple(self.sizes[row].tolist()))
+                return {"position": position, "row": row, "skipped": skipped} | tensors
+            except ValueError as error:  # from `load_image` or `list_captions`
+                skipped.append(f"row {row}: {error}")
+            if not self.args.skip_bad_rows:
+                return {"error": f"{skipped[0]}; fix it, or skip such rows with --skip_bad_rows"}
+            row = int(random.choice(self.rows[(self.sizes[self.rows] == self.sizes[row]).all(axis=1)]))
+        return {"error": f"{MAX_BAD_ROWS} rows in succession cannot be read: {skipped[-1]}"}
+
+
+def collate_fn(samples: list[dict]) -> dict:
+    """Stacks samples to a batch: lists, and tensors as pairs of a dtype and an array of bytes. An error in one
+    of them is the batch's.
+
+    Workers send arrays through a pipe. Tensors would go through shared memory, of which containers have little,
+    and sockets in the temporary folder, whose path can be too long.
+    """
+    for sample in samples:
+        if "error" in sample:
+            return sample
+    batch = {}
+    for name, value in samples[0].items():
+        batch[name] = [sample[name] for sample in samples]
+        if torch.is_tensor(value):
+            batch[name] = (value.dtype, torch.stack(batch[name]).view(torch.uint8).numpy())
+    return batch
+
+
+def load_batches(
+    args: argparse.Namespace,
+    device: torch.device,
+    signals: list[int],
+    dataset: datasets.Dataset,
+    sizes: np.ndarray,
+    preprocess: Callable,
+    rows: np.ndarray,
+    batches: Iterable[list[tuple[int, int]]],
+    train: bool,
+) -> Iterator[dict]:
+    """Yields batches on the device; `batches` has the positions and rows of each. An unreadable row ends the
+    run, and so does a worker that dies, or a signal in `signals` while storage hangs."""
+    num_workers = args.dataloader_num_workers
+    with explain_errors(args, "dataloader_num_workers"):
+        dataloader = DataLoader(
+            SampleDataset(dataset, sizes, rows, functools.partial(preprocess, train=train), args),
+            batch_sampler=batches,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            worker_init_fn=prepare_worker,
+            timeout=BATCH_TIMEOUT if num_workers else 0,
+            generator=torch.Generator(),  # not the default one, which makes dropout's masks
+        )
+        iterator = iter(dataloader)
+    while True:
+        try:
+            batch = next(iterator, None)
+        except RuntimeError as error:
+            if "DataLoader worker (pid" in str(error):
+                advice = "each worker needs memory: use fewer, or a smaller --train_batch_size"
+                raise SystemExit(
+                    f"--dataloader_num_workers={num_workers}: {printable(str(error))}; {advice}"
+                ) from None
+            if "DataLoader timed out" not in str(error):
+                raise
+            if signals:
+                kill_workers()  # PyTorch would wait for each that is blocked
+                raise SystemExit(128 + signals[-1]) from None  # without a checkpoint
+            logger.warning_once(
+                f"Waiting for a batch for {BATCH_TIMEOUT} seconds: is the data set's storage slow?"
+            )
+            continue
+        if batch is None:
+            return
+        if "error" in batch:
+            raise SystemExit(batch["error"])
+        for message in itertools.chain.from_iterable(batch.pop("skipped")):
+            logger.warning_once(f"Skipped {message}", main_process_only=False)
+        for name, value in batch.items():
+            if isinstance(value, tuple):
+                batch[name] = to_device(torch.from_numpy(value[1]).view(value[0]), device)
+        yield batch
+
+
+# ------------------------------------------------------------------------------------------------------ cache
+# Encodes each row once and keeps the encoders' outputs on disk, for --cache_latents.
+CACHE_BATCH_SIZE, CACHE_SHARD_SIZE = 32, 2048  # rows that are encoded at once, and in a file
+
+
+def cache_folder(args: argparse.Namespace, name: str, key: str) -> Path:
+    """The place for results that are kept between runs, by a hash of all that they depend on."""
+    return Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, f"wuerstchen_{name}", key)
+
+
+def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
+    """The values of a tensor of any dtype, as Arrow can store them."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenizer, *encoders) -> str:
+    """A hash of all that the cache depends on: captions and files, sizes, the tokens and pixels of some rows as
+    the code makes them now, and the encoders, their dtype and weights."""
+    sources = [inspect.getsource(function) for function in (embed_captions, embed_images, normalize_pixels)]
+    models = [repr(encoder) for encoder in encoders]  # activations and strides
+    digest = hashlib.sha256(repr((rows_hash, dataset._fingerprint, sizes.tolist(), sources, models)).encode())
+    for row in np.linspace(0, len(dataset) - 1, 8).astype(int).tolist():
+        with contextlib.suppress(ValueError):  # a bad row
+            tensors = preprocess_train(dataset[row], sizes[row].tolist(), False, args, tokenizer)
+            digest.update(b"".join(map(tensor_to_bytes, tensors.values())))
+    for model in encoders:
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype}".encode() + tensor_to_bytes(tensor))
+    return digest.hexdigest()
+
+
+def preprocess_row(row: dict, size: tuple[int, int], train: bool, args: argparse.Namespace) -> dict:
+    """A row as pixels and captions or, with --skip_bad_rows, the error that reading its image raised."""
+    pixels, failure = torch.zeros(3, *size, dtype=torch.uint8), ""
+    try:
+        pixels = make_image_transforms(size)(load_image(row[args.image_column]))
+    except ValueError as error:
+        if not args.skip_bad_rows:
+            raise
+        failure = str(error)
+    return {"effnet_pixel_values": pixels, "captions": list_captions(row, args), "failure": failure}
+
+
+def load_shard(file: Path, dataset: datasets.Dataset, args: argparse.Namespace) -> datasets.Dataset | None:
+    """Maps a file of the cache in the order of its rows, unless it is missing, truncated, or lacks a row that
+    can be read now."""
+    with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are ValueErrors
+        encoded = datasets.Dataset.from_file(str(file))
+        for row, failure in zip(encoded["row"], encoded["failure"], strict=True):
+            with contextlib.suppress(ValueError):
+                if failure and load_image(dataset[row][args.image_column]):
+                    return None
+        return encoded.select(np.argsort(encoded["row"]), keep_in_memory=True)
+
+
+def encode_shard(file: Path, batches: Iterable[dict], progress: tqdm, tokenizer, text_encoder, image_encoder):
+    """Encodes the rows of a shard and writes them under a temporary name until all are there."""
+    partial = file.with_suffix(".partial")
+    with ArrowWriter(path=str(partial)) as writer:
+        for batch in batches:
+            latents = embed_images(batch["effnet_pixel_values"], image_encoder).cpu()
+            texts = list(itertools.chain.from_iterable(batch["captions"]))
+            embeds = iter(embed_captions(tokenize_captions(texts, tokenizer), text_encoder).cpu())
+            rows = {
+                "row": batch["row"],
+                "latents": list(map(tensor_to_bytes, latents)),
+                "prompt_embeds": [
+                    [tensor_to_bytes(next(embeds)) for _ in texts] for texts in batch["captions"]
+                ],
+                "failure": batch["failure"],
+            }
+            writer.write_batch(rows)
+            progress.update(len(latents))
+        writer.finalize()
+    partial.replace(file)
+
+
+def cache_latents(
+    read: Callable,
+    dataset: datasets.Dataset,
+    sizes: np.ndarray,
+    rows_hash: str,
+    args: argparse.Namespace,
+    *models,
+) -> datasets.Dataset:
+    """The rows as the encoders' outputs: computed once, kept on disk by `cache_key`, and memory-mapped.
+
+    Each rank encodes the shards that no other one, and no other run, has encoded or is encoding, and then
+    waits for the others. An interrupted pass continues at the next shard, with any number of ranks. `models`
+    are the tokenizer, the text encoder and the image encoder.
+    """
+    folder = cache_folder(args, "latents", cache_key(dataset, sizes, rows_hash, args, *models))
+    read = functools.partial(read, dataset, sizes, functools.partial(preprocess_row, args=args), train=False)
+
+    def load_or_encode(start: int, timeout: float) -> datasets.Dataset:
+        rows = np.arange(start, min(start + CACHE_SHARD_SIZE, len(dataset)))
+        file = folder / f"{start:09d}-{rows[-1]:09d}.arrow"
+        encoded = load_shard(file, dataset, args)
+        if encoded is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(f"{file}.lock", timeout=timeout):
+                if load_shard(file, dataset, args) is None:  # else another process has encoded it
+                    batches = group_by_size(rows.tolist(), sizes, CACHE_BATCH_SIZE)
+                    encode_shard(file, read(rows, batches), progress, *models)
+            encoded = load_shard(file, dataset, args)
+        return encoded
+
+    starts = range(0, len(dataset), CACHE_SHARD_SIZE)
+    with (
+        explain_errors(args, "cache_latents"),
+        tqdm(total=len(dataset), desc="Encoding", unit="row") as progress,
+    ):
+        for start in starts:
+            with contextlib.suppress(filelock.Timeout):  # another process is encoding it
+                load_or_encode(start, timeout=0)
+        return datasets.concatenate_datasets([load_or_encode(start, timeout=-1) for start in starts])
+
+
+def preprocess_cached(
+    row: dict, size: tuple[int, int], train: bool, args: argparse.Namespace, empty_embeds: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """As `preprocess_train`, for a row of `cache_latents`: latents (16, height / 32, width / 32) and
+    prompt_embeds (77, width), of the shape and dtype of `empty_embeds`, the empty caption's."""
+    if row["failure"]:
+        raise ValueError(row["failure"])
+    caption_dropout = args.caption_dropout if train else 0.0
+    caption = choose_caption(row["prompt_embeds"], caption_dropout, tensor_to_bytes(empty_embeds))
+    height, width = (math.ceil(side / STRIDE) for side in size)
+    latents = torch.frombuffer(bytearray(row["latents"]), dtype=empty_embeds.dtype)
+    prompt_embeds = torch.frombuffer(bytearray(caption), dtype=empty_embeds.dtype)
+    return {"latents": latents.view(-1, height, width), "prompt_embeds": prompt_embeds.view_as(empty_embeds)}
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-STATE_FILE = "trainer_state.json"  # written last into a checkpoint
-# The folders of a result: the text-to-image pipeline at the root of --output_dir, the prior's own, shared
-# components.
-RESULT_FOLDERS = ["prior_pipeline", "prior_prior", "prior_text_encoder", "prior_tokenizer", "prior_scheduler"]
-RESULT_FOLDERS += ["decoder", "vqgan", "text_encoder", "tokenizer", "scheduler"]
-RESULT_FILES = ["model_index.json", "README.md", "grid.png"]
-LOG_FILES = ["loss.jsonl", "loss.png", "samples"]
-# Names under which something is written or deleted, so that a crash leaves nothing that looks complete.
-TEMPORARY = re.compile(r"\.checkpoint-\d+\.(partial|deleted)|\.result\.partial|\.shared-\d+")
-
-# How versions before 2026-11-25 named the fields of TrainState and SamplePlan. They had no hash of all rows.
-OLD_FIELD_NAMES = {"run_id": "wandb_run_id", "rows": "num_rows", "processes": "num_processes"}
+# Locks the output folder, and writes, finds and compares checkpoints in it.
+STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.bin"  # the first is written last
+# Flags that are secret, or whose values only have a meaning on this machine or for this repo.
+PRIVATE_FLAGS = {"hub_token", "hub_model_id", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"}
+PRIVATE_FLAGS |= {"dataloader_num_workers", "local_rank"}
+LOCKS = []  # held by `main`
 
 
-@dataclass
-class TrainState:
-    """What a checkpoint contains besides weights, optimizer and random states."""
-
-    global_step: int = 0
-    plan: dict | None = None  # the fields of SamplePlan; None in a new run, whose data are not loaded yet
-    settings: dict | None = None  # the flags of the run that wrote it
-    wandb_run_id: str = field(default_factory=lambda: f"{random.getrandbits(40):010x}")
+def public_settings(args: argparse.Namespace) -> dict:
+    """The flags that may be kept in checkpoints and published: no private ones, and no local paths."""
+    settings = {name: value for name, value in vars(args).items() if name not in PRIVATE_FLAGS}
+    return {name: value for name, value in settings.items() if not os.path.exists(str(value))}
 
 
-def sample_digest(file: Path) -> str:
-    """A hash of the first 4 KB of each MB of a file, which costs far less than to write it. Other weights
-    differ in all of them."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(file, "rb") as content:
-        for offset in range(0, file.stat().st_size, 2**20):
-            content.seek(offset)
-            digest.update(content.read(4096))
-    return digest.hexdigest()
+def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace):
+    """Locks the folder against a second run until `end_training` or the end of the process. All ranks must see
+    the same folder."""
+    release_locks()
+    file = args.output_dir / ".lock"
+    with explain_errors(args, "output_dir"):
+        if accelerator.is_main_process:
+            try:
+                LOCKS.append(filelock.FileLock(file, timeout=0).acquire().lock)
+            except filelock.Timeout:
+                raise ValueError("another run is writing to this folder; choose another one") from None
+        accelerator.wait_for_everyone()
+        if not file.exists():
+            raise ValueError("rank 0 has another folder of that name; share it between the nodes")
+
+
+def release_locks():
+    """Ends the lock of this run or, in a notebook, of an earlier one that was interrupted."""
+    while LOCKS:
+        LOCKS.pop().release()
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What a checkpoint contains besides weights and optimizer: the step, the plan of samples, the settings, the
+    id of the wandb run, and the names and sizes of its files."""
+    return json.loads((checkpoint / STATE_FILE).read_text())
 
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether all files that the checkpoint lists exist with their sizes, as not in a partial copy."""
-    try:
-        files = json.loads((checkpoint / STATE_FILE).read_text())["files"]
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        files = read_state(checkpoint)["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def is_intact(checkpoint: Path) -> bool:
-    """Whether a complete checkpoint's files have the content that was written."""
-    digests = json.loads((checkpoint / STATE_FILE).read_text()).get("digests", {})
-    return all(sample_digest(checkpoint / name) == digest for name, digest in digests.items())
+    return False
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    found = output_dir.resolve().glob("checkpoint-*")
-    found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and is_complete(path)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    found = [path for path in Path(output_dir).resolve().glob("checkpoint-*") if is_complete(path)]
+    return sorted(found, key=lambda path: read_state(path)["global_step"])
 
 
-def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to resume: the newest usable one for "latest", or that path. None starts a new run."""
-    if resume_from is None:
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to resume: the newest complete one for "latest", or that path. None starts a new run."""
+    source = args.resume_from_checkpoint
+    if source is None:
         return None
-    if resume_from != "latest":
-        for path in (Path(resume_from), output_dir / resume_from):
-            if is_complete(path):
-                if not is_intact(path):
-                    raise SystemExit(f"--resume_from_checkpoint={resume_from}: its files were changed")
-                return path.resolve()
-        raise SystemExit(f"--resume_from_checkpoint={resume_from}: there is no complete checkpoint there")
-    checkpoints = list_checkpoints(output_dir)
-    for path in sorted(set(output_dir.resolve().glob("checkpoint*")) - set(checkpoints)):
-        logger.warning(f"Ignored {path}: it is not a complete checkpoint")
-    for checkpoint in reversed(checkpoints):
-        if is_intact(checkpoint):
-            return checkpoint
-        logger.warning(f"Ignored {checkpoint}: its files were changed")
-    logger.info(f"--resume_from_checkpoint=latest: there is none in {output_dir}, so this is a new run")
-    return None
+    if source == "latest":
+        complete = list_checkpoints(args.output_dir)
+        logger.info(
+            f"--resume_from_checkpoint=latest: {complete[-1] if complete else 'none, so this is a new run'}"
+        )
+        return complete[-1] if complete else None
+    for path in (Path(source), args.output_dir / source):
+        if is_complete(path):
+            return path.resolve()
+    raise SystemExit(f"--resume_from_checkpoint={source}: there is no complete checkpoint there")
 
 
-def find_stale_checkpoints(output_dir: Path, checkpoint: Path | None, overwrite: bool) -> list[Path]:
-    """The checkpoints in the output folder that this run does not resume: another run's, or newer ones.
-    Unless they may be deleted, they are an error, since the checkpoints of two runs would be mixed."""
-    stale = list_checkpoints(output_dir)
+def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[Path]:
+    """Refuses a folder in which this run would replace what it did not write: a new run anything that is
+    there, one that `latest` starts anew all but logs, a resumed one newer checkpoints. Returns the
+    checkpoints to delete."""
+    stale = list_checkpoints(args.output_dir)
+    names = {path.name for path in args.output_dir.iterdir() if not path.name.startswith(".")}
+    if args.resume_from_checkpoint == "latest":
+        names -= {
+            "loss.jsonl",
+            "loss.png",
+            "samples",
+            args.tracker_project_name,
+            *Path(args.logging_dir).parts[:1],
+        }
     if checkpoint in stale:
         stale = stale[stale.index(checkpoint) + 1 :]
-    if stale and not overwrite:
+        names = {path.name for path in stale}
+    if names and not args.overwrite_output_dir:
         raise SystemExit(
-            f"--output_dir={output_dir} contains {stale[-1].name} of an earlier run: "
-            "--resume_from_checkpoint=latest continues it, --overwrite_output_dir deletes it"
+            f"--output_dir={args.output_dir} contains {', '.join(sorted(names)[:9])}: choose another folder, "
+            "--resume_from_checkpoint=latest to continue a run with checkpoints there, or "
+            "--overwrite_output_dir to replace it"
         )
     return stale
 
 
-def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[Path]:
-    """Refuses a folder in which this run would replace what it did not write: a new run any of the names that
-    it writes, one that `latest` starts anew only a result, since its first attempt may have left logs.
-    Returns the checkpoints to delete."""
-    output_dir = Path(args.output_dir)
-    stale_checkpoints = find_stale_checkpoints(output_dir, checkpoint, args.overwrite_output_dir)
-    is_own = checkpoint is not None and checkpoint.parent == output_dir.resolve()
-    if is_own or args.overwrite_output_dir:
-        return stale_checkpoints
-    names = RESULT_FOLDERS + RESULT_FILES
-    if args.resume_from_checkpoint != "latest":
-        names = names + LOG_FILES + [args.logging_dir]
-    found = [name for name in names if (output_dir / name).exists()]
-    if found:
-        raise SystemExit(
-            f"--output_dir={output_dir} contains {', '.join(found)}, which this run would replace: choose "
-            "another folder, --resume_from_checkpoint=latest to continue a run with checkpoints there, or "
-            "--overwrite_output_dir to replace them"
-        )
-    return stale_checkpoints
-
-
-def load_train_state(checkpoint: Path | None, stale_checkpoints: list[Path], output_dir: Path) -> TrainState:
-    """Where the run starts: at the checkpoint, or at step 0."""
-    state = TrainState()
-    if checkpoint is not None:
-        saved = json.loads((checkpoint / STATE_FILE).read_text())
-        saved = {OLD_FIELD_NAMES.get(name, name): value for name, value in saved.items()}
-        state.global_step = saved["global_step"]
-        state.plan = {OLD_FIELD_NAMES.get(name, name): value for name, value in saved["plan"].items()}
-        state.settings = saved.get("settings")
-        # wandb ignores steps that a run has had already, so a branch is a new run.
-        is_branch = stale_checkpoints or checkpoint.parent != output_dir.resolve()
-        if not is_branch:
-            state.wandb_run_id = saved.get("wandb_run_id", state.wandb_run_id)
-    if broadcast_object_list([state.global_step])[0] != state.global_step:
-        raise SystemExit(f"--output_dir={output_dir}: the nodes see different checkpoints; share the folder")
-    return state
-
-
-def check_same_plan(plan: SamplePlan, state: TrainState, checkpoint: Path | None):
-    """Refuses to resume a run with other samples, since they would not continue. The same samples a step may
-    be split up otherwise into processes, accumulation and, without buckets, micro-batches."""
-    if state.plan is None:
-        return
-    known = {name: value for name, value in state.plan.items() if name in asdict(plan)}
-    saved = SamplePlan(**asdict(plan) | {"bucket_rows": {}} | known)  # older versions lacked some
-    compared = ["seed", "num_rows", "rows_hash", "bucket_rows", "samples_per_step"]
-    if plan.bucket_rows:
-        compared.append("train_batch_size")
-    for name in compared:
-        old, new = getattr(saved, name), getattr(plan, name)
-        if old != new:
-            difference = f"{name}={old}, this one {new}"
-            if name == "rows_hash":
-                difference = "other images or captions"
-            elif name == "samples_per_step":
-                difference = f"{saved.describe_step()}, this one {plan.describe_step()}"
+def check_same_run(args: argparse.Namespace, plan: dict, state: dict, checkpoint: Path | None):
+    """Refuses to resume with other samples or another optimizer. Reports other flags that changed, and settings
+    that are rarely meant."""
+    saved, settings = state.get("plan", plan), state.get("settings", {})
+    for name, value in plan.items():
+        if saved.get(name) != value:
+            difference = f"{name}={saved.get(name)}, this one {value}"
+            difference = "other images or captions" if name == "rows_hash" else difference
             raise SystemExit(f"{checkpoint} cannot be resumed exactly: its run had {difference}")
-
-
-def report_settings(args: argparse.Namespace, plan: SamplePlan, state: TrainState, checkpoint: Path | None):
-    """Logs sizes that are possible but rarely meant, and which flags differ from those of the run that is
-    resumed. Another optimizer is an error."""
-    if args.resolution % STRIDE:
-        side = math.ceil(args.resolution / STRIDE)
-        as_with = f"images become {side} x {side} latents, as with {side * STRIDE}"
-        logger.warning(f"--resolution={args.resolution} is not a multiple of {STRIDE}: {as_with}")
-    if plan.samples_per_step > plan.num_rows:
-        logger.warning(
-            f"There are fewer rows, {plan.num_rows}, than samples in a step, {plan.samples_per_step}: "
-            "each step has some of them more than once"
-        )
-    if state.global_step >= args.max_train_steps:
-        logger.info(f"{checkpoint}: nothing is left to train, only to save")
-    if state.settings is None:
-        return
-    used = state.settings.get("optimizer")
-    if used is None:  # older versions had --use_8bit_adam only
-        used = "adamw8bit" if state.settings["use_8bit_adam"] else "adamw"
-    if used != args.optimizer:
-        raise SystemExit(f"--optimizer={args.optimizer}: {checkpoint} is of a run with --optimizer={used}")
-    changed = []
     for name, value in public_settings(args).items():
-        if name in state.settings and state.settings[name] != value:
-            changed.append(f"--{name}={value} (was {state.settings[name]})")
-    if changed:
-        logger.warning(f"Changed since {checkpoint.name}: {', '.join(changed)}")
+        if settings.get(name, value) != value:
+            logger.warning(f"Changed since {checkpoint.name}: --{name}={value} (was {settings[name]})")
+    if args.resolution % STRIDE:
+        logger.warning(f"--resolution={args.resolution} is rounded up to a multiple of {STRIDE}")
+    if plan["samples_per_step"] > plan["num_rows"]:
+        logger.warning(
+            f"A step has more samples, {plan['samples_per_step']}, than there are rows: some repeat"
+        )
+    if args.lr_warmup_steps >= args.max_train_steps and not args.lr_scheduler.endswith("constant"):
+        logger.warning(f"--lr_warmup_steps={args.lr_warmup_steps} is not shorter than the run: lower it")
 
 
-def register_checkpoint_hooks(accelerator: Accelerator, ema_prior: EMAModel | None):
-    """Makes `save_state` write the prior and its average in diffusers' format, and `load_state` skip them."""
-
-    def save_prior(models: list, weights: list, folder: str):
-        weights.clear()
-        if accelerator.is_main_process:
-            accelerator.unwrap_model(models[0]).save_pretrained(os.path.join(folder, "prior"))
-            if ema_prior is not None:
-                ema_prior.save_pretrained(os.path.join(folder, "prior_ema"))
-
-    def skip_prior(models: list, folder: str):
-        models.clear()  # `load_prior` has loaded it from there
-
-    accelerator.register_save_state_pre_hook(save_prior)
-    accelerator.register_load_state_pre_hook(skip_prior)
+def load_optimizer_state(accelerator: Accelerator, optimizer, checkpoint: Path, args: argparse.Namespace):
+    """Loads the optimizer's moments and fp16's loss scale. Learning rates, decays and other settings of the
+    parameter groups stay as the flags and `make_optimizer` gave them."""
+    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    with explain_errors(args, "resume_from_checkpoint"):
+        saved = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    if accelerator.scaler and saved["scaler"]:
+        accelerator.scaler.load_state_dict(saved["scaler"])
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainState, limit: int | None) -> bool:
-    """Writes checkpoint-N under a temporary name, flushes and renames it, then deletes those over the limit.
+def save_checkpoint(
+    accelerator: Accelerator, args: argparse.Namespace, state: dict, prior, ema_prior, optimizer
+) -> bool:
+    """Writes checkpoint-N under a temporary name, flushes and renames it, then deletes checkpoints over the
+    limit. Rank 0 writes; all ranks wait.
 
     If that fails, say on a full disk, the older checkpoints remain, the run continues, and the result is
-    False.
+    False. Weights that are not finite end the run.
     """
-    checkpoint = output_dir / f"checkpoint-{state.global_step}"
-    partial = output_dir / f".{checkpoint.name}.partial"
-    error_text = ""
-    try:
-        accelerator.save_state(str(partial))  # on every rank, since each has random states of its own
-    except Exception as error:
-        error_text = str(error) or type(error).__name__
-    wait_for_slow_ranks(accelerator)
-    errors = [text for text in gather_object([error_text]) if text]
+    norms = torch._foreach_norm([parameter.detach() for parameter in prior.parameters()])
+    if not torch.stack(norms).isfinite().all():
+        raise SystemExit(
+            f"stopped after step {state['global_step']}: weights are not finite, and were not saved"
+        )
+    checkpoint = args.output_dir / f"checkpoint-{state['global_step']}"
+    partial = args.output_dir / ".checkpoint.partial"
     saved = False
     if accelerator.is_main_process:
         try:
-            if errors:
-                raise OSError(errors[0])
-            write_state_file(partial, state)
-            for path in [*partial.rglob("*"), partial]:
-                flush_to_disk(path)
+            delete(partial)
+            save_prior(prior, partial / "prior")
+            if ema_prior is not None:
+                ema_prior.save_pretrained(partial / "prior_ema")
+            scaler = accelerator.scaler and accelerator.scaler.state_dict()
+            torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, partial / OPTIMIZER_FILE)
+            files = [path for path in partial.rglob("*") if path.is_file()]
+            sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+            (partial / STATE_FILE).write_text(json.dumps(state | {"files": sizes}, indent=2))
+            flush_to_disk(partial)
             delete(checkpoint)  # an incomplete one
             partial.rename(checkpoint)
-            flush_to_disk(output_dir)
+            flush_to_disk(args.output_dir, [])
             saved = True
             logger.info(f"Saved {checkpoint}")
-            if limit is not None:
-                delete_checkpoints(list_checkpoints(output_dir)[:-limit], output_dir)
-        except OSError as error:
-            if saved:
-                logger.error(f"Old checkpoints could not be deleted: {error}")
-            else:
-                logger.error(f"{checkpoint} could not be written, the run continues without it: {error}")
-                shutil.rmtree(partial, ignore_errors=True)
-    wait_for_slow_ranks(accelerator)
+            for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
+                delete(old)  # one that is deleted in part is not complete
+        except Exception as error:  # torch and safetensors raise errors of their own for a full disk
+            if isinstance(error, BUGS):
+                raise
+            logger.error(f"{checkpoint} was not saved, or older ones not deleted: {printable(str(error))}")
+            shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
     return broadcast_object_list([saved])[0]
 
 
-def write_state_file(folder: Path, state: TrainState):
-    """Writes the state and a list of the checkpoint's files, with which it is complete."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    digests = {str(path.relative_to(folder)): sample_digest(path) for path in files}
-    content = asdict(state) | {"files": sizes, "digests": digests}
-    (folder / STATE_FILE).write_text(json.dumps(content, indent=2))
-
-
-def flush_to_disk(path: Path):
-    """Returns when a file's or folder's content would survive a power failure."""
-    if os.name == "posix":  # elsewhere folders cannot be opened
+def flush_to_disk(folder: Path, files: Iterable[Path] | None = None):
+    """Returns when a folder and its files would survive a power failure. Gives files the usual modes, since
+    safetensors 0.8 lets only their owner read them."""
+    os.umask(umask := os.umask(0))
+    for path in [*(folder.rglob("*") if files is None else files), folder]:
+        with contextlib.suppress(OSError):  # not every file system has modes, or can flush folders
+            if path.is_file():
+                path.chmod(0o666 & ~umask)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError:
-            if not path.is_dir():  # some network file systems cannot flush folders
+            if path.is_file():
                 raise
         finally:
             os.close(descriptor)
@@ -2313,42 +1826,200 @@ def delete(path: Path):
         path.unlink(missing_ok=True)
 
 
-def delete_checkpoints(checkpoints: list[Path], output_dir: Path):
-    """Deletes checkpoints. They are renamed first, so that what a crash leaves is not taken for a checkpoint;
-    such remains of this and of earlier runs are deleted, too."""
-    for checkpoint in checkpoints:
-        checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.deleted"))
-    for path in output_dir.iterdir():
-        if TEMPORARY.fullmatch(path.name):
-            delete(path)
+# -------------------------------------------------------------------------------------------------- processes
+# Sets up devices and ranks, and handles signals and errors.
+# Signals that stop a run: a scheduler's or launcher's, Ctrl-C, and a closed terminal.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+# Errors of code that was edited, which keep their traceback. Libraries raise others for a wrong setting.
+BUGS = (AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
+COLLECTIVE_TIMEOUT = timedelta(
+    hours=3
+)  # ranks wait so long for one that downloads, encodes, saves or uploads
 
 
-def stop_training(accelerator: Accelerator, output_dir: Path, saved: bool, status: int):
-    """Ends the process with the signal's status or, if the checkpoint could not be saved, with EX_IOERR
-    (74)."""
-    if saved:
-        logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
-    else:
-        logger.error(f"Stopped, but the checkpoint could not be saved; {describe_last(output_dir)}")
-    end_training(accelerator)
-    sys.exit(status if saved else 74)
+def setup_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Sets up devices, precision, trackers and logging by the flags, the launcher and `accelerate config`."""
+    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # before Accelerate looks for their libraries
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise SystemExit(
+                f"accelerate config: {engine} is not supported: the model fits one GPU; choose multi-GPU"
+            )
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        raise SystemExit(
+            f"accelerate config: mixed precision {precision} is not supported; choose no, fp16 or bf16"
+        )
+    atexit.register(kill_workers)
+    sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
+    if args.hub_token:  # wandb and comet_ml record the command line
+        sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
+    args.output_dir = Path(args.output_dir)
+    with explain_errors(args, "output_dir"):
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    AcceleratorState._reset_state()  # of an earlier call of `main` in this process, with another precision
+    accelerator = Accelerator(
+        # A plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would override a number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
+        mixed_precision=args.mixed_precision,
+        log_with=[name for name in args.report_to.split(",") if name != "none"] or None,
+        project_config=ProjectConfiguration(args.output_dir, args.output_dir / args.logging_dir),
+        kwargs_handlers=[
+            # Each weight is used once per pass: autocast's cache would only hold 2 GB of 16-bit copies.
+            AutocastKwargs(cache_enabled=False),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            # Gradients stay in the buckets in which they are reduced: 4 GB less without accumulation.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+    if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
+        raise SystemExit(
+            "WORLD_SIZE: several processes were started, but each would train alone, since there is no GPU; set "
+            "ACCELERATE_USE_CPU=true to train together on the CPU"
+        )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    diffusers.utils.logging.set_verbosity_error()  # it warns that the Würstchen pipelines are deprecated
+    diffusers.utils.logging.disable_progress_bar()
+    # DDP's, about dimensions of size 1, whose strides have no meaning.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    warnings.filterwarnings("ignore", message="Glyph")  # matplotlib's, about prompts in other scripts
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        logger.warning(
+            "One process trains, although a launcher was asked for several: add --multi_gpu to `accelerate launch`, "
+            "and on a CPU set ACCELERATE_USE_CPU=true in the environment"
+        )
+    if precision != "no" and not accelerator.native_amp:
+        logger.warning(f"{accelerator.device} has no {precision}: training in float32")
+    return accelerator
 
 
-# ---------------------------------------------------------------------------------------------------- logging
-WARNED: set[str] = set()
+class LossyStream(io.TextIOBase):
+    """Standard output or error that ignores write errors, as when the terminal or pipe is closed, and escapes
+    characters that its encoding lacks."""
+
+    encoding = "utf-8"
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(Exception):
+            self.stream.write(text)
+            self.stream.flush()
+        return len(text)
+
+    def isatty(self) -> bool:
+        return bool(self.stream) and self.stream.isatty()
+
+
+def end_training(accelerator: Accelerator):
+    """Closes the trackers and the group of ranks, when all are here."""
+    accelerator.wait_for_everyone()
+    with only_warn("Closing the trackers"):
+        accelerator.end_training()
+    release_locks()
+
+
+@contextlib.contextmanager
+def deferred_signals(received: list[int]) -> Iterator[None]:
+    """Appends signals that stop a run to `received` instead; a second Ctrl-C stops at once."""
+
+    def handler(number: int, frame):
+        if number == signal.SIGINT and received:
+            os._exit(128 + number)
+        received.append(number)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nStopping after this step, with a checkpoint; a second Ctrl-C stops at once.\n")
+
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    if threading.current_thread() is not threading.main_thread():
+        handled = []  # Python sets handlers in the main thread only
+    previous = [(number, signal.signal(number, handler)) for number in handled]
+    try:
+        yield
+    finally:
+        for number_and_handler in previous:
+            signal.signal(*number_and_handler)
+
+
+def prepare_worker(worker_id: int):
+    """Leaves stopping to the main process: terminals and schedulers signal every process of a job. A batch that
+    cannot be sent, for which the main process would wait forever, ends the worker."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def end_worker(error: Exception, item):
+        print(f"A worker cannot send its batch: {type(error).__name__}: {error}", file=sys.stderr)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
+
+
+def kill_workers():
+    """Kills the data loaders' workers at exit. They ignore SIGTERM, with which multiprocessing ends its
+    processes: it would wait for them forever after an error in the training loop."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # PyTorch's handler would raise that a worker was killed
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+@contextlib.contextmanager
+def explain_errors(args: argparse.Namespace, flag: str) -> Iterator[None]:
+    """Turns a library's error about a user's setting into one line that names the flag."""
+    try:
+        yield
+    except BUGS:
+        raise
+    except Exception as error:
+        value, cause = getattr(args, flag), error
+        while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+            error = error.__cause__  # the reason, for example a full disk
+        name = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        reason = name + printable(str(error).strip())
+        while cause := cause.__cause__ or cause.__context__:
+            if isinstance(cause, hub.errors.LocalEntryNotFoundError):
+                reason = "it is not a local folder, not in the cache, and the Hub cannot be reached"
+        for file in Path(value).rglob("*") if flag.endswith("_path") and os.path.exists(value) else []:
+            if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(LFS_POINTER):
+                reason = f"{file} is a Git LFS pointer: run `git lfs pull`"
+        raise SystemExit(f"--{flag}={value}: {reason}") from None
 
 
 @contextlib.contextmanager
 def only_warn(what: str) -> Iterator[None]:
-    """Logs an error of something that is only shown, such as a curve, once, instead of ending the run."""
+    """Logs an error of non-essential output, such as a curve, once, instead of ending the run."""
     try:
         yield
     except Exception as error:
-        if what not in WARNED:
-            WARNED.add(what)
-            logger.warning(
-                f"{what} failed, the run continues: {type(error).__name__}: {printable(str(error))}"
-            )
+        message = f"{what} failed, the run continues: {type(error).__name__}: {printable(str(error))}"
+        logger.warning_once(message, exc_info=isinstance(error, BUGS), main_process_only=False)
+
+
+def printable(text: str) -> str:
+    """Text from a file or a library on one line, with control characters escaped, for a message."""
+    return repr(text[:500])[1:-1]
+
+
+# ---------------------------------------------------------------------------------------------------- logging
+# Writes metrics and images to the output folder and the trackers.
+MAX_CURVE_POINTS = 20_000  # to read a million lines would take seconds each time
+
+
+def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: dict):
+    """Starts the trackers, or continues the curves of the run that is resumed."""
+    config = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in vars(args).items()}
+    del config["hub_token"]
+    init_kwargs = {
+        "tensorboard": {"purge_step": state["global_step"] + 1 if state["global_step"] else 0},
+        "wandb": {"id": state["wandb_run_id"], "resume": "allow"},
+    }
+    with explain_errors(args, "report_to"):
+        accelerator.init_trackers(args.tracker_project_name, config, init_kwargs)
 
 
 def log_metrics(accelerator: Accelerator, metrics: dict[str, float], global_step: int):
@@ -2356,57 +2027,64 @@ def log_metrics(accelerator: Accelerator, metrics: dict[str, float], global_step
     with only_warn("Logging to the trackers"):
         accelerator.log(metrics, step=global_step)
     if accelerator.is_main_process and metrics:
-        with only_warn("Writing loss.jsonl"), open(Path(accelerator.project_dir, "loss.jsonl"), "a") as file:
+        with only_warn("Writing loss.jsonl"), open(accelerator.project_dir / "loss.jsonl", "a") as file:
             file.write(json.dumps({"step": global_step} | metrics) + "\n")
 
 
-def read_metrics(
-    output_dir: Path, name: str | None = None, max_rows: int | None = None
-) -> list[dict[str, float]]:
-    """The lines of loss.jsonl, all or those with the metric `name`, and of these about `max_rows` evenly
-    spaced ones. Without lines that a crash truncated. Older versions called a step an update."""
-    file = output_dir / "loss.jsonl"
-    if not file.exists():
-        return []
-    with open(file, errors="replace") as lines:
-        lines = [line for line in lines if name is None or f'"{name}"' in line]
-    if max_rows is not None and len(lines) > max_rows:
-        lines = lines[:: math.ceil(len(lines) / max_rows)]
-    rows = []
-    for line in lines:
+def read_metrics(output_dir: Path, name: str, max_rows: int = sys.maxsize) -> list[dict[str, float]]:
+    """The lines of loss.jsonl with the metric `name`, or about `max_rows` evenly spaced ones, without lines that
+    a crash truncated."""
+    rows, file = [], output_dir / "loss.jsonl"
+    with open(file if file.exists() else os.devnull, errors="replace") as lines:
+        lines = [line for line in lines if f'"{name}"' in line]
+    for line in lines[:: math.ceil(len(lines) / max_rows) or 1]:
         with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "update" in row:
-                row = {"step": row.pop("update")} | row
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
+            rows.append(json.loads(line))
     return rows
 
 
-def sample_file(output_dir: Path, global_step: int, index: int, size: tuple[int, int] | None = None) -> Path:
+def truncate_logs(output_dir: Path, state: dict):
+    """Removes from loss.jsonl and samples/ what a run that starts at `state` writes again."""
+    with only_warn("Truncating loss.jsonl"):
+        last = {True: state["global_step"] or -1, False: state["validated_step"]}
+        rows = [row for row in read_metrics(output_dir, "step") if row["step"] <= last["train_loss" in row]]
+        partial = output_dir / ".loss.jsonl"
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.replace(output_dir / "loss.jsonl")
+        for file in output_dir.glob("samples/step-*-prompt-*.png"):
+            if sample_step(file) > state["validated_step"]:
+                file.unlink()
+
+
+def sample_file(args: argparse.Namespace, global_step: int, name: str) -> Path:
     """The file of one of the `validation_images`."""
-    suffix = f"-{size[0]}x{size[1]}" if size else ""
-    return output_dir / "samples" / f"step-{global_step:07d}-prompt-{index}{suffix}.png"
+    return args.output_dir / "samples" / f"step-{global_step:07d}-{name}.png"
 
 
-def list_sample_steps(output_dir: Path) -> list[int]:
-    """The steps for which there are images in samples/."""
-    files = (output_dir / "samples").glob("step-*-prompt-*.png")
-    return sorted({int(file.name.split("-")[1]) for file in files})
+def sample_step(file: Path) -> int:
+    """The step of a `sample_file`."""
+    return int(file.name.split("-")[1])
 
 
-def truncate_logs(output_dir: Path, global_step: int):
-    """Removes from loss.jsonl and samples/ what a run that continues after `global_step` writes again."""
-    rows = [row for row in read_metrics(output_dir) if row["step"] <= global_step]
-    partial = output_dir / ".loss.jsonl"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(output_dir / "loss.jsonl")
-    samples = output_dir / "samples"
-    for file in samples.glob("update-*-prompt-*.png"):  # as older versions named them
-        file.rename(samples / file.name.replace("update", "step", 1))
-    for file in samples.glob("step-*-prompt-*.png"):
-        if int(file.name.split("-")[1]) > global_step:
-            file.unlink()
+def find_sample(args: argparse.Namespace, global_step: int, prompt: str, name: str) -> Path | None:
+    """The `sample_file` of a prompt, unless there is none or it is of another prompt."""
+    file = sample_file(args, global_step, name)
+    with contextlib.suppress(OSError), Image.open(file) as image:
+        return file if image.info.get("prompt") == prompt else None
+
+
+def training_command(args: argparse.Namespace) -> str:
+    """The settings as a command, for images and the model card."""
+    words = ["accelerate", "launch", Path(__file__).name]
+    for name, value in public_settings(args).items():
+        if value not in (None, False):
+            values = (
+                [f"--{name}={value}"]
+                if isinstance(value, (str, float, int))
+                else [f"--{name}", *map(str, value)]
+            )
+            words += [f"--{name}"] if value is True else values
+    return shlex.join(words)
 
 
 def log_images(
@@ -2415,201 +2093,196 @@ def log_images(
     """Logs images and their prompts to each tracker and to samples/."""
     if not images:
         return
-    generated = validation_images(args)
-    prompts = [args.validation_prompts[index] for index, _ in generated]
-    captioned = list(zip(prompts, images, strict=True))
+    named = list(zip(validation_images(args), images, strict=True))
     for tracker in accelerator.trackers:
         with only_warn(f"Logging images to {tracker.name}"):
-            log_images_to_tracker(tracker, captioned, global_step)
-    output_dir = Path(args.output_dir)
+            log_images_to_tracker(tracker, [(prompt, image) for (prompt, *_), image in named], global_step)
     with only_warn("Writing samples/"):
-        for (prompt, image), image_of in zip(captioned, generated, strict=True):
-            text = PngInfo()
+        for (prompt, name, _), image in named:
+            text = PngImagePlugin.PngInfo()
             text.add_itxt("prompt", prompt)
-            text.add_itxt("settings", public_args(args))
+            text.add_itxt("settings", training_command(args))
             text.add_itxt("prior_guidance_scale", str(GUIDANCE_SCALE))
-            file = sample_file(output_dir, global_step, *image_of)
+            file = sample_file(args, global_step, name)
             file.parent.mkdir(exist_ok=True)
-            partial = file.with_name("partial.png")  # renamed when it is complete
-            image.save(partial, pnginfo=text)
-            partial.rename(file)
-        sizes = list(dict.fromkeys(size for _, size in generated))
-        save_contact_sheet(output_dir, args.validation_prompts, sizes)
+            image.save(file.with_name("partial.png"), pnginfo=text)  # renamed when it is complete
+            file.with_name("partial.png").rename(file)
+        save_contact_sheet(args)
 
 
-def log_images_to_tracker(tracker, captioned: list[tuple[str, Image.Image]], global_step: int):
+def log_images_to_tracker(tracker, images: list[tuple[str, Image.Image]], global_step: int):
     """Logs pairs of prompts and images. Add trackers here: Accelerate's own `log_images` has no captions."""
-    if tracker.name == "tensorboard":
-        for index, (prompt, image) in enumerate(captioned):
-            name, pixels = f"validation/{index}", np.asarray(image)[None]
-            tracker.log_images({name: pixels}, step=global_step, dataformats="NHWC")
-            tracker.log({name: prompt}, step=global_step)
-    elif tracker.name == "wandb":
-        wandb = importlib.import_module("wandb")
-        logged = [wandb.Image(image, caption=prompt) for prompt, image in captioned]
-        tracker.log({"validation": logged}, step=global_step)
-    elif tracker.name == "trackio":
-        trackio = importlib.import_module("trackio")
-        for index, (prompt, image) in enumerate(captioned):  # it ignores lists of images
-            tracker.log({f"validation/{index}": trackio.Image(image, caption=prompt)}, step=global_step)
-    elif tracker.name == "comet_ml":
-        for prompt, image in captioned:
+    values = {}
+    for index, (prompt, image) in enumerate(images):
+        name = f"validation/{index}"
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: np.asarray(image)[None]}, step=global_step, dataformats="NHWC")
+            values[name] = prompt
+        elif tracker.name == "wandb":
+            wandb_image = importlib.import_module("wandb").Image(image, caption=prompt)
+            values.setdefault("validation", []).append(wandb_image)
+        elif tracker.name == "trackio":  # it ignores lists of images
+            values[name] = importlib.import_module("trackio").Image(image, caption=prompt)
+        elif tracker.name == "comet_ml":
             tracker.tracker.log_image(image, name=prompt, step=global_step)
-    else:
-        logger.warning(f"{tracker.name} does not get the validation images; they are in samples/")
+    tracker.log(values, step=global_step)
 
 
-def save_contact_sheet(
-    output_dir: Path,
-    prompts: list[str],
-    sizes: Sequence[tuple[int, int] | None] = (None,),
-    max_columns: int = 12,
-    max_images: int = 256,  # to read each takes 50 ms
-    cell: int = 192,
-):
-    """Writes samples/contact-sheet.png: prompts of each size down, steps across, the first and the last among
-    them. Of many prompts there are fewer steps, but at least three."""
-    rows = [(prompt, f"{size[0]}x{size[1]}" if size else "") for size in sizes for prompt in prompts]
-    steps = list_sample_steps(output_dir)
-    num_columns = min(len(steps), max_columns, max(3, max_images // len(rows)))
-    columns = np.linspace(0, len(steps) - 1, num_columns).round().astype(int)
-    steps = [steps[column] for column in columns]
-    blank, cells = Image.new("RGB", (cell, cell), "white"), {}
-    for step in steps:
-        for file in (output_dir / "samples").glob(f"step-{step:07d}-prompt-*.png"):
-            size = "".join(file.stem.split("-")[4:])
-            with Image.open(file) as image:  # by its own prompt: a run may be resumed with others
-                padded = ImageOps.pad(image, (cell, cell), color="white")
-                cells[image.info.get("prompt"), size, step] = padded
-    images = [cells.get((*row, step), blank) for row in rows for step in steps]
-    sheet = make_image_grid(images, rows=len(rows), cols=len(steps))
-    figure = Figure(figsize=(sheet.width / 74, sheet.height / 74), dpi=96)  # the axes take 77 % of it
-    axes = figure.subplots()
-    axes.imshow(sheet)
-    axes.set_xticks(cell * (np.arange(len(steps)) + 0.5), labels=[f"step {step}" for step in steps])
-    wrapped = [textwrap.fill(prompt, 24, max_lines=9, placeholder=" ...") for prompt, _ in rows]
-    labels = [f"{prompt}\n{size}".strip() for prompt, (_, size) in zip(wrapped, rows, strict=True)]
-    axes.set_yticks(cell * (np.arange(len(rows)) + 0.5), labels=labels, parse_math=False)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    axes.spines[:].set_visible(False)
-    save_figure(figure, output_dir / "samples" / "contact-sheet.png")
+def save_contact_sheet(args: argparse.Namespace, cell: int = 192):
+    """Writes samples/contact-sheet.png: prompts of each size down, at most 12 steps across, the first and the
+    last among them. For many prompts there are fewer steps: to read an image takes 50 ms."""
+    rows, samples = validation_images(args), args.output_dir / "samples"
+    steps = sorted({sample_step(file) for file in samples.glob("step-*-prompt-*.png")})
+    num_columns = min(len(steps), 12, max(3, 256 // len(rows)))
+    steps = [steps[round(index)] for index in np.linspace(0, len(steps) - 1, num_columns)]
+    font = ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", 14)
+    sheet = Image.new("RGB", (cell * (1 + len(steps)), cell * len(rows) + 24), "white")
+    draw = ImageDraw.Draw(sheet)
+    for (y, (prompt, name, _)), (x, step) in itertools.product(enumerate(rows), enumerate(steps, 1)):
+        label = textwrap.fill(prompt, 22, max_lines=9, placeholder=" ...")
+        draw.text((8, cell * y + 30), label, "black", font)
+        draw.text((cell * x + 8, 4), f"step {step}", "black", font)
+        file = find_sample(args, step, prompt, name)
+        if file:
+            image = ImageOps.pad(Image.open(file), (cell, cell), color="white")
+            sheet.paste(image, (cell * x, cell * y + 24))
+    sheet.save(samples / "contact-sheet.png")
 
 
 def save_loss_curve(output_dir: Path):
-    """Writes loss.png: the training loss and its running mean, and the held-out loss, by step."""
+    """Writes loss.png: the training loss, its mean over a fiftieth of the steps, and the held-out loss."""
     with only_warn("Writing loss.png"):
-        train_rows = read_metrics(output_dir, "train_loss", max_rows=MAX_CURVE_POINTS)
-        held_out_rows = read_metrics(output_dir, "val_loss")
-        train, held_out = (  # without those that overflowed in fp16
-            [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-            for name, rows in (("train_loss", train_rows), ("val_loss", held_out_rows))
-        )
-        mean, means = 0.0, []
-        for count, (_, loss) in enumerate(train, 1):
-            mean += (loss - mean) * max(1 / count, 0.02)  # of all steps, and then of the last 50 or so
-            means.append(mean)
-        figure = Figure(figsize=(10, 5), dpi=100)
+        figure = Figure(figsize=(10, 5))
         axes = figure.subplots()
+        for name in ("train_loss", "val_loss"):
+            rows = read_metrics(output_dir, name, MAX_CURVE_POINTS)
+            points = np.array(
+                [(row["step"], row[name]) for row in rows if math.isfinite(row[name])]
+            )  # fp16 overflows
+            if len(points):
+                width = max(1, len(points) // 50) if name == "train_loss" else 1
+                means = np.convolve(points[:, 1], np.ones(width) / width, "valid")
+                axes.plot(*points.T, ".-", color="lightgray")
+                axes.plot(points[width - 1 :, 0], means, ".-", label=f"{name}, mean of {width}")
         axes.set(xlabel="step", ylabel="loss")
-        if train:
-            steps, losses = zip(*train, strict=True)
-            marker = "o" if len(steps) == 1 else None  # a line of one point is invisible
-            axes.plot(steps, losses, color="lightgray", marker=marker, label="training loss")
-            axes.plot(steps, means, color="tab:blue", label="training loss, running mean")
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), color="tab:red", marker="o", label="held-out loss")
-        if train or held_out:
-            top = 1.2 * max([*means, *(loss for _, loss in held_out)])
-            axes.set_ylim(0, top)  # the training loss of single steps may be larger
-            axes.legend()
-        save_figure(figure, output_dir / "loss.png")
-
-
-def save_figure(figure: Figure, file: Path):
-    """Writes a figure, without warnings about characters that matplotlib's font does not have."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(file, bbox_inches="tight", pil_kwargs={"compress_level": 1})
+        axes.legend()
+        figure.savefig(output_dir / "loss.png")
 
 
 # ------------------------------------------------------------------------------------------------- publishing
-def save_components(components: dict, folder: Path):
-    """Saves a pipeline's components; of a tokenizer also the files that transformers 4 reads."""
-    for name, component in components.items():
+# Saves the result, describes it in a model card, and uploads it.
+RESULT_FOLDERS = ["prior_prior", "prior_text_encoder", "prior_tokenizer", "prior_scheduler", "prior_pipeline"]
+RESULT_FOLDERS += ["decoder", "vqgan", "text_encoder", "tokenizer", "scheduler"]
+PUSH_RETRY_DELAYS = (10, 30, 60, 300, 900)  # seconds between attempts to upload during a Hub outage
+
+
+def check_destinations(args: argparse.Namespace) -> str:
+    """Checks write access to the repo, whose id it returns."""
+    repo_id, token = args.hub_model_id or args.output_dir.resolve().name, args.hub_token
+    if args.push_to_hub:
+        with explain_errors(args, "hub_model_id"):
+            if not token and not hub.get_token():
+                raise ValueError("there is no token for the Hub; log in with `hf auth login`")
+            private = args.hub_private_repo or None
+            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
+            # Asks how a file would be uploaded, which a read-only token must not. Nothing is uploaded.
+            hub.preupload_lfs_files(repo_id, [hub.CommitOperationAdd("README.md", b"-")], token=token)
+    return repo_id
+
+
+def save_components(pipeline: diffusers.DiffusionPipeline, folder: Path):
+    """Writes a pipeline; of a tokenizer also the files that transformers 4 reads."""
+    for name, component in pipeline.components.items():
+        if name == "prior":
+            save_prior(component, folder / name)
+            continue
         if isinstance(component, diffusers.ModelMixin):
             component.register_to_config(_name_or_path="")  # it would publish a local path
         component.save_pretrained(folder / name)
         if isinstance(component, CLIPTokenizerFast):
             component.backend_tokenizer.model.save(str(folder / name))  # vocab.json and merges.txt
+    pipeline.save_config(folder)
 
 
-def link_folder(source: Path, target: Path):
-    """Makes `target` a second name of the same files, or a copy where the file system has no hard links."""
-    try:
-        shutil.copytree(source, target, copy_function=os.link)
-    except OSError:
-        shutil.copytree(source, target, dirs_exist_ok=True)
-
-
-def move_into_place(source: Path, target: Path):
-    """Replaces `target` by `source`, which is complete. What was there is deleted afterwards."""
-    old = source.with_name(f"old-{target.name}")
-    if target.exists() or target.is_symlink():
-        target.rename(old)
-    source.rename(target)
+def move_into_place(partial: Path, output_dir: Path):
+    """Replaces parts of the result by complete ones in a temporary folder, and deletes what was there."""
+    flush_to_disk(partial)
+    old = output_dir / ".result.old"
+    delete(old)
+    old.mkdir(exist_ok=True)
+    for path in partial.iterdir():
+        if (output_dir / path.name).exists():
+            (output_dir / path.name).rename(old / path.name)
+        path.rename(output_dir / path.name)
+    delete(partial)
     delete(old)
 
 
-def save_pipeline(
-    args: argparse.Namespace,
-    prior: wuerstchen.WuerstchenPrior,
-    tokenizer: CLIPTokenizerFast,
-    noise_scheduler: DDPMWuerstchenScheduler,
-) -> int | None:
+def save_pipeline(args: argparse.Namespace, prior, tokenizer, noise_scheduler) -> int:
     """Writes `prior_pipeline/` and then the whole pipeline at the root, all in float32. Each is complete in a
-    temporary folder before it replaces an older result. Returns the side in pixels of the images, or None
-    without a decoder."""
-    output_dir = Path(args.output_dir)
-    partial = output_dir / ".result.partial"
-    prior_folder = partial / "prior_pipeline"
-    with explain_errors("--output_dir", output_dir):
+    temporary folder before it replaces an older result. Returns the side in pixels of the images."""
+    output_dir, partial = args.output_dir, args.output_dir / ".result.partial"
+    text_encoder = load_text_encoder(args, torch.float32)  # the one in use may be in half precision
+    with explain_errors(args, "output_dir"):
         delete(partial)
-        text_encoder = load_text_encoder(args, torch.float32)  # the one in use may be in half precision
-        components = {"prior": prior, "text_encoder": text_encoder}
-        components |= {"tokenizer": tokenizer, "scheduler": noise_scheduler}
-        save_components(components, prior_folder)
-        wuerstchen.WuerstchenPriorPipeline(**components).save_config(prior_folder)  # model_index.json
-        for name in components:
-            link_folder(prior_folder / name, partial / f"prior_{name}")
-        move_into_place(prior_folder, output_dir / "prior_pipeline")
-    try:
+        pipeline = wuerstchen.WuerstchenPriorPipeline(tokenizer, text_encoder, prior, noise_scheduler)
+        save_components(pipeline, partial / "prior_pipeline")
+        move_into_place(partial, output_dir)
         decoder = load_decoder(args, torch.float32)
-        save_components(decoder.components, partial)
-        prior_components = {f"prior_{name}": component for name, component in components.items()}
-        pipeline = wuerstchen.WuerstchenCombinedPipeline(**decoder.components, **prior_components)
-        pipeline.save_config(partial)
-        for name in [*prior_components, *decoder.components, "model_index.json"]:
-            move_into_place(partial / name, output_dir / name)
-        delete(partial)
-        return decoder_image_size(decoder, args.resolution)
-    except Exception as error:
-        logger.warning(f"{output_dir} will not load as a pipeline, only its prior_pipeline/: {error}")
-        return None
+        save_components(decoder, partial)
+        prior_components = {f"prior_{name}": component for name, component in pipeline.components.items()}
+        for file in (output_dir / "prior_pipeline").glob("*/*"):
+            target = partial / f"prior_{file.parent.name}" / file.name
+            target.parent.mkdir(exist_ok=True)
+            try:
+                os.link(file, target)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(file, target)
+        wuerstchen.WuerstchenCombinedPipeline(**decoder.components, **prior_components).save_config(partial)
+        move_into_place(partial, output_dir)
+    return decoder_image_size(decoder, args.resolution)
 
 
-MODEL_CARD = """
+def save_model_card(
+    args: argparse.Namespace, image_size: int, global_step: int, plan: dict, accelerator: Accelerator
+):
+    """Writes README.md: what was trained on what, for how long and how, images, and code to generate more."""
+    sources, prompts = (
+        (args.pretrained_prior_model_name_or_path, args.dataset_name),
+        args.validation_prompts or [],
+    )
+    base_model, dataset = (name if name and not os.path.exists(name) else None for name in sources)
+    license_name = None
+    with contextlib.suppress(Exception):  # there may be no card, or no connection to the Hub
+        license_name = hub.ModelCard.load(base_model or Path(sources[0], "README.md")).data.license
+    files = [find_sample(args, global_step, *image[:2]) for image in validation_images(args)[: len(prompts)]]
+    if any(files):
+        images = [Image.open(file) for file in files if file]
+        make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "grid.png")
+    card_data = hub.ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["wuerstchen", "text-to-image", "diffusers", "diffusers-training"],
+        license=license_name,
+        base_model=base_model,
+        datasets=dataset and [dataset],
+    )
+    # A result that is not uploaded can be loaded from any folder, as well.
+    source = args.hub_model_id if args.push_to_hub else str(args.output_dir.resolve())
+    speeds = [row["images_per_second"] for row in read_metrics(args.output_dir, "images_per_second")]
+    duration = timedelta(seconds=round(sum(plan["samples_per_step"] / speed for speed in speeds)))
+    card = f"""---
+{card_data}
 ---
-{{ card_data }}
----
 
-# {{ repo_id }}
+# {args.hub_model_id}
 
-The Würstchen prior **{{ base_model }}**, fine-tuned on **{{ dataset }}**.
-{% if has_images %}
-{% for prompt in prompts %}* {{ prompt }}
-{% endfor %}
-![images of these prompts](grid.png)
-{% endif %}
+The Würstchen prior **{base_model or "of a local folder"}**, fine-tuned on **{dataset or "local images"}** for
+{global_step} steps of {plan["samples_per_step"]} samples, {global_step * plan["samples_per_step"] / plan["num_rows"]:.1f}
+epochs of {plan["num_rows"]} rows, in {duration} hours on {accelerator.num_processes} x {accelerator.device.type}.
+
+{"![" + ", ".join(prompts) + "](grid.png)" if any(files) else ""}
+
 ## How to use it
 
 ```python
@@ -2621,10 +2294,10 @@ if not hasattr(diffusers.pipelines, "wuerstchen"):  # from 0.38 on
     diffusers.pipelines.wuerstchen = wuerstchen
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-source = {{ source }}
+source = {source!r}
 pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(source, torch_dtype=dtype).to(device)
-prompt = {{ prompt }}
-size, guidance_scale = {{ size }}, {{ guidance_scale }}
+prompt = {[*prompts, "a photo"][0]!r}
+size, guidance_scale = {image_size}, {GUIDANCE_SCALE}
 image = pipeline(prompt, width=size, height=size, prior_guidance_scale=guidance_scale).images[0]
 image.save("image.png")
 ```
@@ -2633,344 +2306,46 @@ The weights are float32. The prior alone, with its text encoder, is the pipeline
 
 ## How it was trained
 
-For {{ global_step }} steps of {{ plan.samples_per_step }} samples, {{ epochs }} epochs of
-{{ plan.num_rows }} rows, in {{ duration }} on {{ plan.num_processes }} x {{ device }}, with
-
 ```bash
-{{ settings }}
+{training_command(args)}
 ```
 
 ![training loss](loss.png)
 """
+    (args.output_dir / "README.md").write_text(card, encoding="utf-8")
 
 
-def save_model_card(
-    args: argparse.Namespace, image_size: int | None, global_step: int, plan: SamplePlan, device: torch.device
-):
-    """Writes README.md: what was trained on what, for how long and how, images, and code to generate more."""
-    output_dir = Path(args.output_dir)
-    prompts = args.validation_prompts or []
-    base_model, dataset = args.pretrained_prior_model_name_or_path, args.dataset_name
-    base_is_local = Path(base_model).exists()
-    dataset_is_local = dataset is None or Path(dataset).exists()
-    license_name = None
-    with contextlib.suppress(Exception):  # there may be no card, or no connection to the Hub
-        base_card = hub.ModelCard.load(Path(base_model, "README.md") if base_is_local else base_model)
-        license_name = base_card.data.license
-    files = [sample_file(output_dir, global_step, index) for index in range(len(prompts))]
-    files = [file for file in files if file.exists()]
-    if files:
-        grid = make_image_grid([Image.open(file) for file in files], rows=1, cols=len(files))
-        grid.save(output_dir / "grid.png")
-    captioned = zip(prompts, files, strict=False)
-    widget = [{"text": prompt, "output": {"url": f"samples/{file.name}"}} for prompt, file in captioned]
-    card_data = hub.ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["wuerstchen", "text-to-image", "diffusers", "diffusers-training"],
-        license=license_name,
-        base_model=None if base_is_local else base_model,
-        datasets=None if dataset_is_local else [dataset],
-        widget=widget or None,
-    )
-    # A result that is not uploaded can be loaded from any folder, too.
-    source = args.hub_model_id if args.push_to_hub else str(output_dir.resolve())
-    card = hub.ModelCard.from_template(
-        card_data,
-        template_str=MODEL_CARD.lstrip(),
-        repo_id=args.hub_model_id,
-        source=json.dumps(source, ensure_ascii=False),
-        base_model=Path(base_model).name if base_is_local else base_model,
-        dataset="local images" if dataset_is_local else dataset,
-        prompts=prompts,
-        has_images=bool(files),
-        prompt=json.dumps((prompts or ["a photo"])[0], ensure_ascii=False),
-        size=image_size,
-        guidance_scale=GUIDANCE_SCALE,
-        global_step=global_step,
-        plan=plan,
-        epochs=f"{global_step * plan.samples_per_step / plan.num_rows:.1f}",
-        duration=format_duration(sum(step_durations(output_dir, plan))),
-        device=torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        settings=f"accelerate launch {Path(__file__).name} {public_args(args)}",
-    )
-    card.save(output_dir / "README.md")
-
-
-def step_durations(output_dir: Path, plan: SamplePlan) -> list[float]:
-    """The seconds of each logged step, also of those before the run was resumed."""
-    speeds = [row["images_per_second"] for row in read_metrics(output_dir) if "images_per_second" in row]
-    return [plan.samples_per_step / speed for speed in speeds]
-
-
-def format_duration(seconds: float) -> str:
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+def push_to_hub(args: argparse.Namespace, global_step: int):
+    """Uploads what a user of the model needs, and nothing else."""
+    names = ["README.md", "model_index.json", "grid.png", "loss.png", f"samples/step-{global_step:07d}-*"]
+    names += [f"{folder}/*" for folder in RESULT_FOLDERS]
+    settings = {"token": args.hub_token, "commit_message": "End of training", "allow_patterns": names}
+    try:
+        hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **settings)
+    except Exception as error:
+        raise SystemExit(
+            f"--push_to_hub: {printable(str(error))}; the result is complete in {args.output_dir}; to push it, run "
+            "the same command with --resume_from_checkpoint=latest"
+        ) from None
 
 
 @only_warn("The summary")
-def log_summary(args: argparse.Namespace, global_step: int, plan: SamplePlan):
+def log_summary(args: argparse.Namespace, global_step: int):
     """Says what a run that has ended has left where, and what can be done next."""
-    output_dir = Path(args.output_dir)
-    lines = [f"{global_step} steps"]
-    durations = step_durations(output_dir, plan)
-    if durations:
-        speed = plan.samples_per_step / np.mean(durations)
-        lines[0] += f" in {format_duration(sum(durations))}, {speed:.1f} images/s"
-    losses = [(row["step"], row["val_loss"]) for row in read_metrics(output_dir, "val_loss")]
-    if losses:
-        values = [f"{loss:.4f} at step {step}" for step, loss in dict.fromkeys((losses[0], losses[-1]))]
-        lines.append(f"held-out loss: {', '.join(values)}")
-    lines.append(f"curve of the loss: {output_dir / 'loss.png'}")
-    if list_sample_steps(output_dir):
-        lines.append(f"images: {output_dir / 'samples' / 'contact-sheet.png'}")
-    lines.append(f"result: {output_dir}, and how to generate images with it: {output_dir / 'README.md'}")
-    resume = "the same command with --resume_from_checkpoint=latest and"
-    lines.append(f"to train on: {resume} --max_train_steps={2 * global_step}")
-    if args.push_to_hub:
-        lines.append(f"published on the Hub as {args.hub_model_id}")
-    else:
-        lines.append(f"to publish: {resume} --push_to_hub")
-    logger.info("\n  ".join(["Done", *lines]))
+    output_dir, resume = args.output_dir, "the same command with --resume_from_checkpoint=latest and"
+    losses = [f"{row['val_loss']:.4f} at step {row['step']}" for row in read_metrics(output_dir, "val_loss")]
+    logger.info(
+        f"Done after {global_step} steps\n"
+        f"  held-out loss, with --validation_split: {', '.join(dict.fromkeys(losses[:1] + losses[-1:]))}\n"
+        f"  curve of the loss: {output_dir / 'loss.png'}\n"
+        f"  images, with --validation_prompts: {output_dir / 'samples' / 'contact-sheet.png'}\n"
+        f"  result, and how to generate images with it: {output_dir / 'README.md'}\n"
+        f"  to train on: {resume} --max_train_steps={2 * global_step}\n"
+        f"  to publish: {resume} --push_to_hub"
+    )
 
 
-def push_to_hub(repo_id: str, output_dir: Path, global_step: int, token: str | None):
-    """Uploads what a user of the model needs, and nothing else. During a Hub outage it is tried again."""
-    patterns = ["README.md", "model_index.json", "grid.png", "loss.png", f"samples/step-{global_step:07d}-*"]
-    patterns += [f"{folder}/*" for folder in RESULT_FOLDERS]
-    for delay in (*PUSH_RETRY_DELAYS, None):
-        try:
-            # The prior's weights first: then their second copy is recognized and not sent again.
-            files = output_dir.glob("prior_*/*/*.safetensors")
-            weights = [hub.CommitOperationAdd(file.name, file) for file in files]
-            hub.preupload_lfs_files(repo_id, weights, token=token)
-            hub.upload_folder(
-                repo_id=repo_id,
-                folder_path=output_dir,
-                allow_patterns=patterns,
-                token=token,
-                commit_message="End of training",
-            )
-            return
-        except Exception as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            is_refusal = status is not None and 400 <= status < 500 and status not in (408, 429)
-            if delay is None or is_refusal:
-                raise SystemExit(
-                    f"--push_to_hub: {error}\nThe result is complete in {output_dir}; to push it later: "
-                    f"{upload_command(repo_id, output_dir, patterns)}"
-                ) from None
-            logger.warning(f"The upload failed ({type(error).__name__}); next attempt in {delay} seconds")
-            time.sleep(delay)
-
-
-def upload_command(repo_id: str, output_dir: Path, patterns: list[str]) -> str:
-    """The shell command that uploads the same files."""
-    include = [f"--include={pattern}" for pattern in patterns]
-    if hub.__version__ < "1":  # there the command takes all patterns after one flag
-        include = ["--include", *patterns]
-    return shlex.join(["hf", "upload", repo_id, str(output_dir), ".", *include])
-
-
-# ------------------------------------ --cache_latents: the encoders' outputs, kept on disk (need not be read)
-CACHE_BATCH_SIZE = 32  # rows that are encoded at once
-CACHE_SHARD_SIZE, MAX_CACHE_SHARDS = 2048, 256  # rows in a file at least, and files at most
-
-
-def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
-    """The values of a CPU tensor of any dtype, as Arrow can store them."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def tensor_from_bytes(value: bytes, dtype: torch.dtype) -> torch.Tensor:
-    """The inverse of `tensor_to_bytes`, (n,)."""
-    return torch.frombuffer(bytearray(value), dtype=dtype)
-
-
-def hash_model(model: torch.nn.Module) -> str:
-    """A hash of a model's architecture and weights."""
-    digest = hashlib.blake2b(repr(model).encode(), digest_size=16)  # repr: activations and strides
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor_to_bytes(tensor.cpu()))
-    return digest.hexdigest()
-
-
-def cache_key(rows: SizedRows, args: argparse.Namespace, tokenizer, text_encoder, image_encoder) -> str:
-    """A hash of all that the cache depends on: rows and their sizes, columns, dtype, tokenizer, the encoders'
-    weights, and the source of the functions below. After an edit of other code, set another --cache_dir."""
-    reading = (load_image, resize_to_cover, make_image_transforms, normalize_pixels, list_captions)
-    encoding = (tokenize_captions, embed_captions, embed_images)
-    sources = [inspect.getsource(function) for function in (*reading, *encoding)]
-    sizes = (rows.sizes, rows.buckets.tobytes())
-    settings = (args.image_column, args.caption_column, sizes, str(text_encoder.dtype))
-    models = (tokenizer.backend_tokenizer.to_str(), hash_model(text_encoder), hash_model(image_encoder))
-    fingerprints = (rows.dataset._fingerprint, hash_rows(rows.dataset, args))
-    return Hasher.hash((fingerprints, settings, models, sources))
-
-
-class RowDataset(Dataset):
-    """Rows as pixels and captions, or the error that reading them raised."""
-
-    def __init__(self, rows: SizedRows, args: argparse.Namespace):
-        self.rows = rows
-        self.args = args
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        try:
-            row = self.rows[index]
-            captions = list_captions(row, self.args)
-            image = load_image(row[self.args.image_column], image_folders(self.args))
-            pixels = make_image_transforms(self.rows.size(index))(image)
-            return {"pixels": pixels, "captions": captions, "error": ""}
-        except ValueError as error:  # from `load_image` or `list_captions`
-            return {"captions": [], "error": str(error)}
-
-
-def collate_rows(rows: list[dict]) -> dict:
-    """A batch of rows, in which the pixels of those that could be read are stacked by size: {size: pixels},
-    in the order of the rows."""
-    pixels = {}
-    for row in rows:
-        if not row["error"]:
-            pixels.setdefault(row["pixels"].shape, []).append(row["pixels"])
-    return {
-        "pixels": {size: default_collate(images) for size, images in pixels.items()},
-        "sizes": [None if row["error"] else row["pixels"].shape for row in rows],
-        "captions": [row["captions"] for row in rows],
-        "errors": [row["error"] for row in rows],
-    }
-
-
-def encode_rows(
-    dataloader: DataLoader, first_row: int, args, tokenizer, text_encoder, image_encoder, progress: tqdm
-) -> Iterator[list[dict]]:
-    """Yields the encoders' outputs for batches of rows, from `first_row` on, and their captions, as bytes."""
-    row = first_row
-    for batch in dataloader:
-        latents = {
-            size: iter(embed_images(pixels, image_encoder).cpu()) for size, pixels in batch["pixels"].items()
-        }
-        captions = [caption for captions in batch["captions"] for caption in captions]
-        prompt_embeds = iter(())
-        if captions:
-            prompt_embeds = iter(embed_captions(tokenize_captions(captions, tokenizer), text_encoder).cpu())
-        rows = []
-        for size, captions, error in zip(batch["sizes"], batch["captions"], batch["errors"], strict=True):
-            if error and not args.skip_bad_rows:
-                raise SystemExit(f"row {row}: {error}; fix it, or skip such rows with --skip_bad_rows")
-            embeds_bytes = [tensor_to_bytes(next(prompt_embeds)) for _ in captions]
-            latents_bytes = b"" if error else tensor_to_bytes(next(latents[size]))
-            rows.append({"latents": latents_bytes, "prompt_embeds": embeds_bytes, "error": error})
-            row += 1
-        yield rows
-        progress.update(len(rows))
-
-
-def write_shard(file: Path, batches: Iterator[list[dict]]):
-    """Writes a shard of the cache, under a temporary name until it is complete."""
-    binary = datasets.Value("large_binary")
-    columns = {"latents": binary, "prompt_embeds": datasets.List(binary), "error": datasets.Value("string")}
-    schema = datasets.Features(columns).arrow_schema
-    partial = file.with_suffix(".partial")
-    try:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for rows in batches:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_shard(file: Path, rows: RowDataset) -> datasets.Dataset | None:
-    """Maps a shard of the cache, unless it is missing, truncated, or lacks rows that are readable now."""
-    try:
-        shard = datasets.Dataset.from_file(str(file))
-    except (OSError, ValueError):  # pyarrow's errors are subclasses of ValueError
-        return None
-    errors = [index for index, error in enumerate(shard["error"]) if error]
-    if len(shard) != len(rows) or not all(rows[index]["error"] for index in errors):
-        return None
-    return shard
-
-
-def cache_latents(
-    accelerator: Accelerator,
-    rows: SizedRows,
-    args: argparse.Namespace,
-    tokenizer,
-    text_encoder,
-    image_encoder,
-) -> SizedRows:
-    """The rows as the encoders' outputs: computed once, kept on disk by `cache_key`, and memory-mapped.
-
-    The ranks share the shards, those of each node by themselves if nodes have caches of their own. An
-    interrupted pass continues at the next shard, with any number of ranks.
-    """
-    key = cache_key(rows, args, tokenizer, text_encoder, image_encoder)
-    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_latents", key)
-    size = max(CACHE_SHARD_SIZE, math.ceil(len(rows) / MAX_CACHE_SHARDS))
-    shards = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-    location = f"True (--cache_dir={args.cache_dir or datasets.config.HF_DATASETS_CACHE})"
-    with explain_errors("--cache_latents", location, OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        num_separate = count_separate_ranks(accelerator, folder)
-    rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    if num_separate:
-        rank = accelerator.local_process_index
-        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
-    own_shards = shards[rank::num_ranks]
-    total, is_main_process = sum(map(len, own_shards)), accelerator.is_main_process
-    progress = tqdm(total=total, desc="Encoding", unit="row", disable=not is_main_process)
-    encoders = (tokenizer, text_encoder, image_encoder)
-
-    def load_or_encode(shard: range) -> datasets.Dataset:
-        file = folder / f"{shard.start:09d}-{shard.stop:09d}.arrow"
-        shard_rows = RowDataset(rows.select(shard), args)
-        with filelock.FileLock(f"{file}.lock"):  # another run may be encoding it
-            if load_shard(file, shard_rows) is None:
-                dataloader = DataLoader(
-                    shard_rows,
-                    batch_size=CACHE_BATCH_SIZE,
-                    collate_fn=collate_rows,
-                    num_workers=args.dataloader_num_workers,
-                    worker_init_fn=ignore_signals,
-                )
-                write_shard(file, encode_rows(dataloader, shard.start, args, *encoders, progress))
-            return load_shard(file, shard_rows)
-
-    worker_errors = explain_worker_errors(args.dataloader_num_workers)
-    with progress, explain_errors("--cache_latents", location, OSError), worker_errors:
-        num_done = 0
-        for shard in own_shards:
-            load_or_encode(shard)
-            num_done += len(shard)
-            progress.update(num_done - progress.n)  # by the rows of a shard that existed already
-        wait_for_slow_ranks(accelerator)
-        encoded = datasets.concatenate_datasets([load_or_encode(shard) for shard in shards])
-    return replace(rows, dataset=encoded)
-
-
-def preprocess_cached(
-    row: dict, size: tuple[int, int], empty_embeds: torch.Tensor, caption_dropout: float
-) -> dict[str, torch.Tensor]:
-    """As `preprocess_train`, for a row of `cache_latents`: latents (16, height / 32, width / 32) and
-    prompt_embeds (77, width), for which `empty_embeds` is that of the empty caption."""
-    if row["error"]:
-        raise ValueError(row["error"])
-    height, width = (math.ceil(side / STRIDE) for side in size)
-    latents = tensor_from_bytes(row["latents"], empty_embeds.dtype).view(-1, height, width)
-    prompt_embeds = choose_caption(row["prompt_embeds"], caption_dropout, empty=empty_embeds)
-    if prompt_embeds is not empty_embeds:
-        prompt_embeds = tensor_from_bytes(prompt_embeds, empty_embeds.dtype).view(empty_embeds.shape)
-    return {"latents": latents, "prompt_embeds": prompt_embeds}
-
-
-# --------------------------------------------- --compile: the prior's steps as CUDA graphs (need not be read)
+# ------------------------------------------------------------- compile: the prior's steps as CUDA graphs
 # The order in which the compiled prior asks for an attention kernel, the fastest on an H100 first.
 ATTENTION_KERNELS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -2978,10 +2353,9 @@ ATTENTION_KERNELS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-CHECKPOINTING_BUDGET = 0.5  # share of the activations that --gradient_checkpointing lets the compiler keep
 
 
-def make_compiled_forward(prior: wuerstchen.WuerstchenPrior) -> Callable:
+def make_compiled_forward(prior):
     """WuerstchenPrior.forward in channels-last format, in which one compiled function serves all triplets of
     blocks. (Compiling the whole model takes minutes.)"""
 
@@ -3001,12 +2375,7 @@ def make_compiled_forward(prior: wuerstchen.WuerstchenPrior) -> Callable:
     return compiled_forward
 
 
-def compile_prior(
-    prior: wuerstchen.WuerstchenPrior,
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    prompt_embeds: torch.Tensor,
-):
+def compile_prior(prior, accelerator, args, prompt_embeds):
     """Makes the prior's training steps replay two CUDA graphs, forward and backward. Validation runs the
     prior as it is. Where that is not possible, a warning is logged and nothing is changed.
 
@@ -3024,17 +2393,16 @@ def compile_prior(
     inputs = (latents, timesteps, prompt_embeds.repeat(batch_size, 1, 1))
     try:
         # Of what a backward pass needs, keep the results of matrix products and recompute what is cheap.
-        functorch_config = torch._functorch.config
+        config = torch._functorch.config
         for reason in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
-            setattr(functorch_config, f"ban_recompute_{reason}", False)
-        budget = CHECKPOINTING_BUDGET if args.gradient_checkpointing else 1.0
-        functorch_config.activation_memory_budget = budget
+            setattr(config, f"ban_recompute_{reason}", False)
+        config.activation_memory_budget = 0.5 if args.gradient_checkpointing else 1.0  # share of activations
         prior.forward = make_compiled_forward(prior)
         with sdpa_kernel(ATTENTION_KERNELS, set_priority=True), accelerator.autocast():
             graphed_forward = torch.cuda.make_graphed_callables(prior.train(), inputs).forward
     except Exception as error:  # for example no C compiler, or a GPU that Triton does not support
         prior.forward = eager_forward
-        logger.warning(f"--compile is ignored: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        logger.warning(f"--compile is ignored: {type(error).__name__}: {printable(str(error))}")
         return
 
     def forward(*inputs):
@@ -3045,189 +2413,6 @@ def compile_prior(
         # The first micro-step's gradient is the graph's own memory, which the next one would overwrite.
         for weight in filter(lambda weight: weight.requires_grad, prior.parameters()):
             weight.register_hook(lambda grad, weight=weight: grad.clone() if weight.grad is None else grad)
-
-
-# ------------------------------------------------------------------------------------------------------- main
-@explain_lost_ranks()
-def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not split up
-    args = parse_args(argv)
-    accelerator = setup_accelerator(args)
-    device, rank, is_main_process = accelerator.device, accelerator.process_index, accelerator.is_main_process
-    output_dir = Path(args.output_dir)
-
-    # Where the run starts: at step 0, or at a checkpoint, whose seed it keeps.
-    lock_output_dir(accelerator, output_dir)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
-    stale_checkpoints = check_output_dir(args, checkpoint)
-    state = load_train_state(checkpoint, stale_checkpoints, output_dir)
-    first_step = state.global_step
-    if args.seed is None:
-        args.seed = state.plan["seed"] if state.plan else random.getrandbits(31)
-    if is_main_process:
-        args.hub_model_id = check_destinations(args)
-    args.seed, args.hub_model_id = broadcast_object_list([args.seed, args.hub_model_id])
-
-    # The data, and which samples each step trains on. Batches run on over an epoch's end, so that each one is
-    # full and each row is used once an epoch.
-    tokenizer = load_tokenizer(args)
-    with local_main_process_first(accelerator):
-        dataset, rows_hash = load_rows(args, tokenizer)
-    train_rows, held_out_rows = split_held_out(len(dataset), args.validation_split, args.seed)
-    plan = SamplePlan(
-        seed=args.seed,
-        num_rows=len(train_rows),
-        rows_hash=rows_hash,
-        num_processes=accelerator.num_processes,
-        train_batch_size=args.train_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        bucket_rows=dataset.describe() if args.aspect_ratio_buckets else {},
-    )
-    check_same_plan(plan, state, checkpoint)
-    if args.max_train_steps is None:
-        args.max_train_steps = math.ceil(args.num_train_epochs * plan.num_rows / plan.samples_per_step)
-    report_settings(args, plan, state, checkpoint)
-    state.plan, state.settings = asdict(plan), public_settings(args)
-
-    # The models. The encoders are frozen, in half precision under mixed precision; the prior is float32.
-    text_encoder, image_encoder = load_encoders(args, frozen_dtype(accelerator), device)
-    prior = load_prior(args, checkpoint, text_encoder, image_encoder).to(device)
-    ema_prior = load_ema(args, prior, checkpoint, device)
-    noise_scheduler = load_noise_scheduler(device)
-    prompts = ["", *(args.validation_prompts or [])]
-    empty_embeds, *validation_embeds = embed_prompts(prompts, tokenizer, text_encoder)
-    if args.cache_latents:
-        dataset = cache_latents(accelerator, dataset, args, tokenizer, text_encoder, image_encoder)
-        text_encoder = image_encoder = None  # frees their memory
-    encode = functools.partial(encode_batch, text_encoder=text_encoder, image_encoder=image_encoder)
-
-    # The data loaders.
-    preprocess = make_preprocess(args, tokenizer, empty_embeds, train=True)
-    train_dataset = dataset.select(train_rows)
-    batches = SampleOrder(train_dataset, plan).train_batches(rank, first_step, args.max_train_steps)
-    train_dataloader = make_dataloader(train_dataset, preprocess, batches, args, device)
-    held_out_dataloader = None
-    if args.validation_split is not None:
-        preprocess = make_preprocess(args, tokenizer, empty_embeds, train=False)
-        held_out_dataset = dataset.select(held_out_rows)
-        batches = plan.held_out_batches(rank, held_out_dataset)
-        held_out_dataloader = make_dataloader(held_out_dataset, preprocess, batches, args, device)
-
-    # The optimizer and the learning rate. The prior is the checkpoint's already, the optimizer follows.
-    if args.compile:
-        compile_prior(prior, accelerator, args, empty_embeds)
-    with explain_errors("--optimizer", args.optimizer):
-        optimizer = make_optimizer(prior, args, device)
-    register_checkpoint_hooks(accelerator, ema_prior)
-    wait_for_slow_ranks(accelerator)  # models may have been downloaded
-    prior, optimizer = accelerator.prepare(prior, optimizer)
-    if checkpoint is not None:
-        with explain_errors("--resume_from_checkpoint", checkpoint):
-            accelerator.load_state(str(checkpoint))
-        accelerator.step = 0  # of the micro-steps in a step, whose number may have changed
-    with explain_errors("--lr_scheduler", args.lr_scheduler):
-        lr_scheduler = make_lr_scheduler(optimizer.optimizer, args, first_step)
-
-    # Trackers continue at the checkpoint's step, and so do loss.jsonl and samples/.
-    if is_main_process:
-        init_trackers(accelerator, args, state)
-        with only_warn("Truncating loss.jsonl"):
-            truncate_logs(output_dir, first_step if checkpoint else -1)
-    logger.info(f"Training from step {first_step} to {args.max_train_steps} on {device.type}: {plan}")
-    signals = []
-    validator = Validator(
-        accelerator=accelerator,
-        args=args,
-        prior=accelerator.unwrap_model(prior),
-        ema_prior=ema_prior,
-        noise_scheduler=noise_scheduler,
-        encode=encode,
-        empty_embeds=empty_embeds,
-        prompt_embeds=validation_embeds,
-        held_out_dataloader=held_out_dataloader,
-        signals=signals,
-    )
-
-    batches = iterate_batches(train_dataloader, device, skipped_rows=set(), signals=signals)
-    prior.train()
-    stop = False
-    progress = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=not is_main_process)
-    worker_errors = explain_worker_errors(args.dataloader_num_workers)
-    with deferred_signals(signals), worker_errors, progress, logging_redirect_tqdm():
-        # Each turn does what is due after `global_step` steps and then takes a step: the first one validates
-        # the untrained prior, the last one saves a checkpoint and takes no step. A signal is obeyed after the
-        # turn's step; after the loop it ends the process at once.
-        while True:
-            is_new, is_last = state.global_step > first_step, state.global_step >= args.max_train_steps
-            if is_new and (stop or is_last or state.global_step % args.checkpointing_steps == 0):
-                check_finite_weights(prior, output_dir, state.global_step)
-                saved = save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit)
-            if stop:
-                stop_training(accelerator, output_dir, saved, 128 + max(signals, default=signal.SIGTERM))
-            if is_last:
-                break
-            if is_validation_due(state.global_step, args, plan):
-                validator.log_validation(state.global_step)
-
-            # All random numbers follow from the seed and the samples' positions, whatever the rank.
-            started = time.perf_counter()
-            train_loss, rows, all_timesteps = torch.zeros((), device=device), [], []
-            for _ in range(args.gradient_accumulation_steps):
-                batch = next(batches)
-                with accelerator.accumulate(prior):
-                    latents, prompt_embeds = encode(batch)
-                    noise, u = sample_noise(batch["positions"], latents.shape[1:], device, args.seed, "noise")
-                    timesteps = sample_timesteps(u, args.timestep_sampling)
-                    seed_dropout(derive_seed(args.seed, "dropout", batch["positions"][0]), device)
-                    loss = diffusion_loss(
-                        prior, noise_scheduler, latents, prompt_embeds, noise, timesteps, args.loss_weighting
-                    ).mean()
-                    accelerator.backward(loss)
-                train_loss += loss.detach() / args.gradient_accumulation_steps
-                rows += batch["rows"]
-                all_timesteps.append(timesteps)
-
-            grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
-            train_loss, grad_norm, stop = reduce_metrics(accelerator, train_loss, grad_norm, bool(signals))
-            step = state.global_step + 1
-            check_finite(accelerator, output_dir, step, train_loss, grad_norm, rows, all_timesteps)
-            optimizer.step()
-            optimizer.zero_grad()
-            lr_scheduler.step()
-            update_ema(ema_prior, prior)
-            state.global_step = step
-
-            metrics = {
-                "train_loss": train_loss,
-                "lr": lr_scheduler.get_last_lr()[0],
-                "grad_norm": grad_norm,
-                "images_per_second": plan.samples_per_step / (time.perf_counter() - started),
-                "epoch": step * plan.samples_per_step / plan.num_rows,
-            }
-            if device.type == "cuda":
-                metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
-            log_metrics(accelerator, metrics, step)
-            if stale_checkpoints and is_main_process:  # not before a step has succeeded
-                delete_checkpoints(stale_checkpoints, output_dir)
-            stale_checkpoints = []
-            progress.set_postfix_str(
-                f"loss {train_loss:.4f}, lr {metrics['lr']:.2e}, {metrics['images_per_second']:.1f} images/s",
-                refresh=False,
-            )
-            progress.update()
-
-    # The result is on disk before anything is validated or uploaded.
-    exit_on_signals(signals)
-    with ema_weights(validator.prior, ema_prior):
-        save_args = (args, validator.prior, tokenizer, noise_scheduler)
-        image_size = save_pipeline(*save_args) if is_main_process else None
-    validator.log_validation(state.global_step)
-    if is_main_process:
-        with only_warn("Writing README.md"):
-            save_model_card(args, image_size, state.global_step, plan, device)
-        if args.push_to_hub:
-            push_to_hub(args.hub_model_id, output_dir, state.global_step, args.hub_token)
-        log_summary(args, state.global_step, plan)
-    end_training(accelerator)
 
 
 if __name__ == "__main__":

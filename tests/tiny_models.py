@@ -121,7 +121,7 @@ def read_images(folder, resolution):
     """Every image of a folder as one (N, 3, resolution, resolution) batch, as the encoder takes it."""
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix in (".jpg", ".png", ".webp"))
     image_transforms = make_image_transforms((resolution, resolution))
-    images = [load_image({"path": str(path), "bytes": None}, [Path(folder)]) for path in paths]
+    images = [load_image({"path": str(path), "bytes": None}) for path in paths]
     return normalize_pixels(torch.stack([image_transforms(image) for image in images]))
 
 

@@ -995,7 +995,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     train_batches = load(
         train_rows, order_batches(train_rows, sizes, args, accelerator, first_step), train=True
     )
-    held_out = share_held_out(held_out_rows, sizes, args, accelerator)
+    held_out = group_by_size(held_out_rows.tolist(), sizes, args.train_batch_size)
+    held_out = held_out[accelerator.process_index :: accelerator.num_processes]
     load_held_out = functools.partial(load, held_out_rows, held_out, train=False)
     models = (unwrapped_prior, ema_prior, decoder, noise_scheduler, encoders, prompt_embeds)
     validate = functools.partial(log_validation, accelerator, args, models, load_held_out, len(held_out_rows))
@@ -1079,8 +1080,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             log_metrics(accelerator, metrics, global_step)
             while stale_checkpoints and is_main_process:  # not before a step has succeeded
                 delete(stale_checkpoints.pop())
-            shown = {name: f"{metrics[name]:.3g}" for name in ("train_loss", "lr", "images_per_second")}
-            progress.set_postfix(shown, refresh=False)
+            progress.set_postfix(metrics, refresh=False)
             progress.update()
 
     # The result is on disk before anything is validated or uploaded. The last checkpoint is, as well, so from
@@ -1304,14 +1304,14 @@ def choose_sizes(
     dataset: datasets.Dataset, train_rows: np.ndarray, args: argparse.Namespace, accelerator: Accelerator
 ) -> np.ndarray:
     """The height and width of each row's pixels, (num_rows, 2), by which rows are put into batches: the square
-    of --resolution or, with --aspect_ratio_buckets, the nearest shape that enough rows have for a batch."""
+    of --resolution or, with --aspect_ratio_buckets, the nearest shape that has enough rows for a batch."""
     if not args.aspect_ratio_buckets:
         return np.full((len(dataset), 2), args.resolution)
-    ratios = []
+    ratios, sizes = [], bucket_sizes(args.resolution)
     if accelerator.is_main_process:  # 100,000 headers take 7 seconds
-        images = dataset.select_columns([args.image_column])
-        ratios = [read_ratio(row[args.image_column]) for row in tqdm(images, "Reading image sizes")]
-    ratios, sizes = np.array(broadcast_object_list([ratios])[0]), bucket_sizes(args.resolution)
+        images = tqdm(dataset.select_columns(args.image_column), "Reading image sizes")
+        ratios = [read_ratio(row[args.image_column]) for row in images]
+    ratios = np.array(broadcast_object_list([ratios])[0])
     # On a logarithmic scale 1:2 is as far from 1:1 as 2:1.
     distances = np.abs(np.log(ratios)[:, None] - np.log(sizes[:, 0] / sizes[:, 1]))
     counts = np.bincount(distances.argmin(axis=1)[train_rows], minlength=len(sizes))
@@ -1319,11 +1319,10 @@ def choose_sizes(
     nearest = np.where(is_used, distances, np.inf).argmin(axis=1)
     # Rows that cannot be read fail later, or are replaced by others of their size: the most frequent one.
     nearest[np.isnan(ratios)] = counts.argmax()
-    cropped = 1 - np.exp(-np.take_along_axis(distances, nearest[:, None], axis=1))
     num_rows = Counter(f"{width}x{height}" for height, width in sizes[nearest].tolist())
+    too_few = counts[~is_used & (counts > 0)].sum()
     logger.info(
-        f"Rows of each WIDTHxHEIGHT: {dict(num_rows)}. On average {np.nanmean(cropped):.1%} of an image is cropped; "
-        f"{(~is_used & (counts > 0)).sum()} shapes with fewer rows than a micro-batch are not used"
+        f"Rows of each WIDTHxHEIGHT: {dict(num_rows)}. {too_few} are of shapes with fewer than a micro-batch"
     )
     return sizes[nearest]
 
@@ -1370,14 +1369,6 @@ def group_by_size(rows: Sequence[int], sizes: np.ndarray, batch_size: int) -> li
     for sample in enumerate(rows):
         groups[tuple(sizes[sample[1]])].append(sample)
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
-
-
-def share_held_out(
-    rows: np.ndarray, sizes: np.ndarray, args: argparse.Namespace, accelerator: Accelerator
-) -> list[list[tuple[int, int]]]:
-    """A rank's share of the batches of the held-out rows."""
-    batches = group_by_size(rows.tolist(), sizes, args.train_batch_size)
-    return batches[accelerator.process_index :: accelerator.num_processes]
 
 
 class SampleDataset(Dataset):
@@ -1492,11 +1483,6 @@ def load_batches(
 CACHE_BATCH_SIZE, CACHE_SHARD_SIZE = 32, 2048  # rows that are encoded at once, and in a file
 
 
-def cache_folder(args: argparse.Namespace, name: str, key: str) -> Path:
-    """The place for results that are kept between runs, by a hash of all that they depend on."""
-    return Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, f"wuerstchen_{name}", key)
-
-
 def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
     """The values of a tensor of any dtype, as Arrow can store them."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -1565,7 +1551,7 @@ def encode_shard(file: Path, batches: Iterable[dict], progress: tqdm, tokenizer,
 
 
 def cache_latents(
-    read: Callable,
+    load: Callable,
     dataset: datasets.Dataset,
     sizes: np.ndarray,
     rows_hash: str,
@@ -1578,19 +1564,20 @@ def cache_latents(
     waits for the others. An interrupted pass continues at the next shard, with any number of ranks. `models`
     are the tokenizer, the text encoder and the image encoder.
     """
-    folder = cache_folder(args, "latents", cache_key(dataset, sizes, rows_hash, args, *models))
-    read = functools.partial(read, dataset, sizes, functools.partial(preprocess_row, args=args), train=False)
+    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_latents")
+    folder /= cache_key(dataset, sizes, rows_hash, args, *models)
+    load = functools.partial(load, dataset, sizes, functools.partial(preprocess_row, args=args), train=False)
 
     def load_or_encode(start: int, timeout: float) -> datasets.Dataset:
         rows = np.arange(start, min(start + CACHE_SHARD_SIZE, len(dataset)))
-        file = folder / f"{start:09d}-{rows[-1]:09d}.arrow"
+        file = folder / f"{start:09d}.arrow"
         encoded = load_shard(file, dataset, args)
         if encoded is None:
             folder.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(f"{file}.lock", timeout=timeout):
                 if load_shard(file, dataset, args) is None:  # else another process has encoded it
                     batches = group_by_size(rows.tolist(), sizes, CACHE_BATCH_SIZE)
-                    encode_shard(file, read(rows, batches), progress, *models)
+                    encode_shard(file, load(rows, batches), progress, *models)
             encoded = load_shard(file, dataset, args)
         return encoded
 
@@ -1726,20 +1713,27 @@ def check_same_run(args: argparse.Namespace, plan: dict, state: dict, checkpoint
     saved, settings = state.get("plan", plan), state.get("settings", {})
     for name, value in plan.items():
         if saved.get(name) != value:
-            difference = f"{name}={saved.get(name)}, this one {value}"
-            difference = "other images or captions" if name == "rows_hash" else difference
-            raise SystemExit(f"{checkpoint} cannot be resumed exactly: its run had {difference}")
+            difference = "" if name == "rows_hash" else f"={saved.get(name)}, this one {value}"
+            raise SystemExit(
+                f"{checkpoint} cannot be resumed exactly: its run had another {name}{difference}"
+            )
     for name, value in public_settings(args).items():
         if settings.get(name, value) != value:
-            logger.warning(f"Changed since {checkpoint.name}: --{name}={value} (was {settings[name]})")
-    if args.resolution % STRIDE:
-        logger.warning(f"--resolution={args.resolution} is rounded up to a multiple of {STRIDE}")
-    if plan["samples_per_step"] > plan["num_rows"]:
-        logger.warning(
-            f"A step has more samples, {plan['samples_per_step']}, than there are rows: some repeat"
-        )
-    if args.lr_warmup_steps >= args.max_train_steps and not args.lr_scheduler.endswith("constant"):
-        logger.warning(f"--lr_warmup_steps={args.lr_warmup_steps} is not shorter than the run: lower it")
+            logger.warning(f"Changed since {checkpoint}: --{name}={value} (was {settings[name]})")
+    warm_up = 0 if args.lr_scheduler.endswith("constant") else args.lr_warmup_steps
+    for is_odd, message in (
+        (args.resolution % STRIDE, f"--resolution={args.resolution} is rounded up to a multiple of {STRIDE}"),
+        (
+            plan["samples_per_step"] > plan["num_rows"],
+            "A step has more samples than there are rows: some repeat",
+        ),
+        (
+            warm_up >= args.max_train_steps,
+            f"--lr_warmup_steps={warm_up} is not shorter than the run: lower it",
+        ),
+    ):
+        if is_odd:
+            logger.warning(message)
 
 
 def load_optimizer_state(accelerator: Accelerator, optimizer, checkpoint: Path, args: argparse.Namespace):
@@ -1847,7 +1841,7 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "fp16", "bf16"):
         raise SystemExit(
-            f"accelerate config: mixed precision {precision} is not supported; choose no, fp16 or bf16"
+            f"accelerate config: mixed_precision={precision} is not supported; choose no, fp16 or bf16"
         )
     atexit.register(kill_workers)
     sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
@@ -1873,21 +1867,14 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
         raise SystemExit(
-            "WORLD_SIZE: several processes were started, but each would train alone, since there is no GPU; set "
-            "ACCELERATE_USE_CPU=true to train together on the CPU"
+            "WORLD_SIZE: each process would train alone, without a GPU; set ACCELERATE_USE_CPU=true"
         )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     diffusers.utils.logging.set_verbosity_error()  # it warns that the Würstchen pipelines are deprecated
     diffusers.utils.logging.disable_progress_bar()
     # DDP's, about dimensions of size 1, whose strides have no meaning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    warnings.filterwarnings("ignore", message="Glyph")  # matplotlib's, about prompts in other scripts
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        logger.warning(
-            "One process trains, although a launcher was asked for several: add --multi_gpu to `accelerate launch`, "
-            "and on a CPU set ACCELERATE_USE_CPU=true in the environment"
-        )
     if precision != "no" and not accelerator.native_amp:
         logger.warning(f"{accelerator.device} has no {precision}: training in float32")
     return accelerator
@@ -2091,10 +2078,8 @@ def log_images(
     accelerator: Accelerator, args: argparse.Namespace, images: list[Image.Image], global_step: int
 ):
     """Logs images and their prompts to each tracker and to samples/."""
-    if not images:
-        return
-    named = list(zip(validation_images(args), images, strict=True))
-    for tracker in accelerator.trackers:
+    named = list(zip(validation_images(args), images, strict=False))  # there are none if one failed
+    for tracker in accelerator.trackers if images else []:
         with only_warn(f"Logging images to {tracker.name}"):
             log_images_to_tracker(tracker, [(prompt, image) for (prompt, *_), image in named], global_step)
     with only_warn("Writing samples/"):
@@ -2102,12 +2087,12 @@ def log_images(
             text = PngImagePlugin.PngInfo()
             text.add_itxt("prompt", prompt)
             text.add_itxt("settings", training_command(args))
-            text.add_itxt("prior_guidance_scale", str(GUIDANCE_SCALE))
             file = sample_file(args, global_step, name)
             file.parent.mkdir(exist_ok=True)
             image.save(file.with_name("partial.png"), pnginfo=text)  # renamed when it is complete
             file.with_name("partial.png").rename(file)
-        save_contact_sheet(args)
+        if images:
+            save_contact_sheet(args)
 
 
 def log_images_to_tracker(tracker, images: list[tuple[str, Image.Image]], global_step: int):
@@ -2133,19 +2118,20 @@ def save_contact_sheet(args: argparse.Namespace, cell: int = 192):
     last among them. For many prompts there are fewer steps: to read an image takes 50 ms."""
     rows, samples = validation_images(args), args.output_dir / "samples"
     steps = sorted({sample_step(file) for file in samples.glob("step-*-prompt-*.png")})
-    num_columns = min(len(steps), 12, max(3, 256 // len(rows)))
-    steps = [steps[round(index)] for index in np.linspace(0, len(steps) - 1, num_columns)]
+    steps = sorted({*steps[:: math.ceil(len(steps) * max(len(rows) / 256, 1 / 12))], steps[-1]})
     font = ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", 14)
-    sheet = Image.new("RGB", (cell * (1 + len(steps)), cell * len(rows) + 24), "white")
+    sheet = Image.new("RGB", (cell * (1 + len(steps)), cell * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    for (y, (prompt, name, _)), (x, step) in itertools.product(enumerate(rows), enumerate(steps, 1)):
-        label = textwrap.fill(prompt, 22, max_lines=9, placeholder=" ...")
-        draw.text((8, cell * y + 30), label, "black", font)
-        draw.text((cell * x + 8, 4), f"step {step}", "black", font)
-        file = find_sample(args, step, prompt, name)
-        if file:
-            image = ImageOps.pad(Image.open(file), (cell, cell), color="white")
-            sheet.paste(image, (cell * x, cell * y + 24))
+    for y, (prompt, name, _) in enumerate(rows):
+        draw.text(
+            (8, cell * y + 24), textwrap.fill(prompt, 20, max_lines=9, placeholder=" ..."), "black", font
+        )
+        for x, step in enumerate(steps, 1):
+            draw.text((cell * x, cell * y), f"step {step}", "black", font)
+            file = find_sample(args, step, prompt, name)
+            if file:
+                image = ImageOps.pad(Image.open(file), (cell - 8, cell - 24), color="white")
+                sheet.paste(image, (cell * x, cell * y + 20))
     sheet.save(samples / "contact-sheet.png")
 
 
@@ -2154,16 +2140,14 @@ def save_loss_curve(output_dir: Path):
     with only_warn("Writing loss.png"):
         figure = Figure(figsize=(10, 5))
         axes = figure.subplots()
-        for name in ("train_loss", "val_loss"):
+        for name, num_means, color in (("train_loss", 50, "lightgray"), ("val_loss", math.inf, "tab:red")):
             rows = read_metrics(output_dir, name, MAX_CURVE_POINTS)
-            points = np.array(
-                [(row["step"], row[name]) for row in rows if math.isfinite(row[name])]
-            )  # fp16 overflows
-            if len(points):
-                width = max(1, len(points) // 50) if name == "train_loss" else 1
+            points = np.array([(row["step"], row[name]) for row in rows if math.isfinite(row[name])])
+            if len(points):  # without overflows of fp16
+                width = int(max(1, len(points) // num_means))
                 means = np.convolve(points[:, 1], np.ones(width) / width, "valid")
-                axes.plot(*points.T, ".-", color="lightgray")
-                axes.plot(points[width - 1 :, 0], means, ".-", label=f"{name}, mean of {width}")
+                axes.plot(*points.T, ".-", color=color, label=name)
+                axes.plot(points[width - 1 :, 0], means, label=f"mean of {width}")
         axes.set(xlabel="step", ylabel="loss")
         axes.legend()
         figure.savefig(output_dir / "loss.png")
@@ -2224,7 +2208,6 @@ def save_pipeline(args: argparse.Namespace, prior, tokenizer, noise_scheduler) -
     output_dir, partial = args.output_dir, args.output_dir / ".result.partial"
     text_encoder = load_text_encoder(args, torch.float32)  # the one in use may be in half precision
     with explain_errors(args, "output_dir"):
-        delete(partial)
         pipeline = wuerstchen.WuerstchenPriorPipeline(tokenizer, text_encoder, prior, noise_scheduler)
         save_components(pipeline, partial / "prior_pipeline")
         move_into_place(partial, output_dir)

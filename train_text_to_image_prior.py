@@ -67,6 +67,7 @@ import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -138,6 +139,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # an editor's hi
 MAX_IMAGE_PIXELS = 10**8  # a small file can hold an image that fills the memory
 # Longer images are cropped to it: resizing 60000 x 1 pixels to height 512 would fill the memory.
 MAX_ASPECT_RATIO = 8
+PRIOR_FLAG = "pretrained_prior_model_name_or_path"  # of the prior, its tokenizer and its text encoder
 MIN_LOSS_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has diverged
 LFS_POINTER = b"version https://git-lfs"  # the first bytes of a file that `git lfs pull` has not fetched
 
@@ -162,7 +164,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line and rejects contradictory flags before anything is loaded."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    def flag(name, kind, default, text):
+    def flag(name, text, default=None, kind=str):
         group.add_argument(name, type=kind, default=default, help=text)
 
     def switch(name, text):
@@ -175,33 +177,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     fraction, non_negative = bounded(float, 0, 1), bounded(float, 0)
 
     group = parser.add_argument_group("models, each a Hub repo or a local folder")
-    flag("--pretrained_prior_model_name_or_path", str, "warp-ai/wuerstchen-prior", "to fine-tune")
-    flag("--pretrained_decoder_model_name_or_path", str, "warp-ai/wuerstchen", "latents to images")
-    flag("--pretrained_image_encoder_name_or_path", str, "dome272/wuerstchen", "images to latents")
-    flag("--cache_dir", str, None, "folder for downloaded models, prepared data sets and encoded images")
+    flag("--pretrained_prior_model_name_or_path", "to fine-tune", "warp-ai/wuerstchen-prior")
+    flag("--pretrained_decoder_model_name_or_path", "latents to images", "warp-ai/wuerstchen")
+    flag("--pretrained_image_encoder_name_or_path", "images to latents", "dome272/wuerstchen")
+    flag("--cache_dir", "folder for downloaded models, prepared data sets and encoded images")
 
     group = parser.add_argument_group("data (requires --dataset_name or --train_data_dir)")
-    flag("--dataset_name", str, None, "a data set on the Hub, or a local copy of one")
-    flag("--train_data_dir", str, None, "folder of captioned images, or of Parquet, Arrow or .tar files")
-    flag("--dataset_config_name", str, None, "configuration of the data set")
-    flag("--image_column", str, "image", "column of the images")
-    flag("--caption_column", str, "text", "column of the captions, strings or lists of strings")
-    flag("--max_train_samples", positive_int, None, "number of rows to use, selected with the seed")
-    flag("--validation_split", bounded(float, 1e-9), None, "rows, or below 1 a fraction, to hold out")
-    flag("--resolution", bounded(int, STRIDE), 512, "side of the square crop, in pixels")
+    flag("--dataset_name", "a data set on the Hub, or a local copy of one")
+    flag("--train_data_dir", "folder of captioned images, or of Parquet, Arrow or .tar files")
+    flag("--dataset_config_name", "configuration of the data set")
+    flag("--image_column", "column of the images", "image")
+    flag("--caption_column", "column of the captions, strings or lists of strings", "text")
+    flag("--max_train_samples", "number of rows to use, selected with the seed", None, positive_int)
+    flag("--validation_split", "rows, or below 1 a fraction, to hold out", None, bounded(float, 1e-9))
+    flag("--resolution", "side of the square crop, in pixels", 512, bounded(int, STRIDE))
     switch("--aspect_ratio_buckets", "train on sizes near the images' own shapes")
     switch("--random_crop", "crop at a random position instead of the center")
     switch("--random_flip", "mirror half of the images, left to right")
     switch("--skip_bad_rows", "replace unreadable rows by others instead of stopping")
-    flag("--dataloader_num_workers", natural, 0, "processes that read images; 0: none")
+    flag("--dataloader_num_workers", "processes that read images; 0: none", 0, natural)
     switch("--cache_latents", "encode all rows once, to disk: 215 KB a row at 768")
 
     group = parser.add_argument_group("training (a step is one update of the weights)")
-    flag("--seed", natural, None, "random seed; the default is chosen and logged")
-    flag("--train_batch_size", positive_int, 1, "images per device and micro-step")
-    flag("--gradient_accumulation_steps", positive_int, 1, "micro-steps per step")
-    flag("--num_train_epochs", positive_int, 100, "passes over the data")
-    flag("--max_train_steps", positive_int, None, "total number of steps; overrides --num_train_epochs")
+    flag("--seed", "random seed; the default is chosen and logged", None, natural)
+    flag("--train_batch_size", "images per device and micro-step", 1, positive_int)
+    flag("--gradient_accumulation_steps", "micro-steps per step", 1, positive_int)
+    flag("--num_train_epochs", "passes over the data", 100, positive_int)
+    flag("--max_train_steps", "total number of steps; overrides --num_train_epochs", None, positive_int)
     switch("--gradient_checkpointing", "use less memory, with a slower backward pass")
     choice("--mixed_precision", [None, "no", "fp16", "bf16"], "the default is Accelerate's configuration")
     switch("--allow_tf32", "use TF32 for float32 matrix products on CUDA")
@@ -209,48 +211,43 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     switch("--offload_ema", "keep the average in main memory, with slower steps")
     choice("--loss_weighting", ["none", "p2"], "p2: as in the original training")
     choice("--timestep_sampling", ["uniform", "stretched"], "stretched: as in the original training")
-    flag("--caption_dropout", fraction, 0.0, "fraction of captions that are replaced by the empty one")
+    flag("--caption_dropout", "fraction of captions that are replaced by the empty one", 0.0, fraction)
     switch("--compile", "compile the prior and replay it as CUDA graphs")
 
     group = parser.add_argument_group("optimizer")
     choice("--optimizer", ["adamw", "adamw8bit", "adafactor"], "the last two need less memory")
     eight_bit = {"dest": "optimizer", "action": "store_const", "const": "adamw8bit"}
     group.add_argument("--use_8bit_adam", **eight_bit, help="an alias of --optimizer=adamw8bit")
-    flag("--learning_rate", non_negative, 1e-4, "at the schedule's peak")
+    flag("--learning_rate", "at the schedule's peak", 1e-4, non_negative)
     choice(
         "--lr_scheduler", ["constant", *(s.value for s in SchedulerType if s.value != "constant")], "schedule"
     )
-    flag("--lr_warmup_steps", natural, 500, "steps, for schedules with a warm-up")
-    flag(
-        "--lr_step_rules",
-        str,
-        None,
-        "rules for piecewise_constant, multiplier:until_step: 1:100,0.1:200,0.01",
-    )
-    flag("--adam_beta1", fraction, 0.9, "decay of the average of gradients")
-    flag("--adam_beta2", fraction, 0.999, "decay of the average of squared gradients")
-    flag("--adam_weight_decay", non_negative, 0.0, "decoupled, for all optimizers")
-    flag("--adam_epsilon", non_negative, 1e-8, "added to the divisor")
-    flag("--max_grad_norm", bounded(float, 1e-8), 1.0, "gradients are clipped to this norm")
+    flag("--lr_warmup_steps", "steps, for schedules with a warm-up", 500, natural)
+    flag("--lr_step_rules", "rules for piecewise_constant, multiplier:until_step, 1:100,0.1:200,0.01")
+    flag("--adam_beta1", "decay of the average of gradients", 0.9, fraction)
+    flag("--adam_beta2", "decay of the average of squared gradients", 0.999, fraction)
+    flag("--adam_weight_decay", "decoupled, for all optimizers", 0.0, non_negative)
+    flag("--adam_epsilon", "added to the divisor", 1e-8, non_negative)
+    flag("--max_grad_norm", "gradients are clipped to this norm", 1.0, bounded(float, 1e-8))
 
     group = parser.add_argument_group("output")
-    flag("--output_dir", str, "wuerstchen-model-finetuned", "folder for everything that is written")
+    flag("--output_dir", "folder for everything that is written", "wuerstchen-model-finetuned")
     switch("--overwrite_output_dir", "replace another run's files in --output_dir")
-    flag("--checkpointing_steps", positive_int, 500, "steps between checkpoints")
-    flag("--checkpoints_total_limit", positive_int, None, "number of checkpoints to keep; default: all")
-    flag("--resume_from_checkpoint", str, None, "'latest' or the path of a checkpoint")
+    flag("--checkpointing_steps", "steps between checkpoints", 500, positive_int)
+    flag("--checkpoints_total_limit", "number of checkpoints to keep; default: all", None, positive_int)
+    flag("--resume_from_checkpoint", "'latest' or the path of a checkpoint")
     group.add_argument("--validation_prompts", nargs="+", help="prompts for validation images")
-    flag("--validation_epochs", positive_int, 5, "epochs between validations")
-    flag("--validation_steps", positive_int, None, "steps between validations, instead of epochs")
+    flag("--validation_epochs", "epochs between validations", 5, positive_int)
+    flag("--validation_steps", "steps between validations, instead of epochs", None, positive_int)
     sizes = {"type": positive_int, "nargs": "+", "metavar": "PIXELS"}
     group.add_argument("--validation_size", **sizes, help="WIDTH HEIGHT ... of more images of each prompt")
-    flag("--logging_dir", str, "logs", "folder of the trackers' files, relative to --output_dir")
-    flag("--report_to", str, "tensorboard", "trackers: tensorboard, wandb, comet_ml, ..., all, none")
-    flag("--tracker_project_name", str, "text2image-fine-tune", "project that trackers log to")
+    flag("--logging_dir", "folder of the trackers' files, relative to --output_dir", "logs")
+    flag("--report_to", "trackers: tensorboard, wandb, comet_ml, ..., all, none", "tensorboard")
+    flag("--tracker_project_name", "project that trackers log to", "text2image-fine-tune")
     switch("--push_to_hub", "upload the result at the end")
-    flag("--hub_model_id", str, None, "repo to upload to; default: the name of --output_dir")
+    flag("--hub_model_id", "repo to upload to; default: the name of --output_dir")
     switch("--hub_private_repo", "make the repo private, if it does not exist yet")
-    flag("--hub_token", str.strip, None, "sent to the Hub only; `hf auth login` is safer")
+    flag("--hub_token", "sent to the Hub only; `hf auth login` is safer", None, str.strip)
     group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="not used by Accelerate")
 
     args = parser.parse_args(argv)
@@ -339,9 +336,7 @@ def check_rows(
             row = len(good_rows) + len(errors)
             try:
                 if size is None and path:
-                    if not (
-                        os.path.abspath(path).startswith(roots) or os.path.realpath(path).startswith(roots)
-                    ):
+                    if not os.path.abspath(path).startswith(roots):
                         raise ValueError("the image lies outside the data set's folder: move or embed it")
                     size = os.path.getsize(path)
                 if not size:
@@ -502,20 +497,18 @@ def split_held_out(num_rows: int, held_out: float, seed: int) -> tuple[np.ndarra
 
 
 # ----------------------------------------------------------------------------------------------------- models
+def load_model(args: argparse.Namespace, flag: str, model_class: type, subfolder: str, **settings):
+    """Loads the part in `subfolder` of the model that a flag names."""
+    with explain_errors(args, flag):
+        location = {"subfolder": subfolder, "cache_dir": args.cache_dir}
+        return model_class.from_pretrained(getattr(args, flag), **location, **settings)
+
+
 def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizerFast:
     """The tokenizer of the prior's text encoder."""
-    source, location = args.pretrained_prior_model_name_or_path, {"cache_dir": args.cache_dir}
-    with explain_errors(args, "pretrained_prior_model_name_or_path"):
-        # First, since transformers 4 does not say why it could not load a tokenizer.
-        CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **location)
-        return CLIPTokenizerFast.from_pretrained(source, subfolder="tokenizer", **location)
-
-
-def load_text_encoder(args: argparse.Namespace, dtype: torch.dtype) -> CLIPTextModel:
-    """The prior's text encoder: CLIP ViT-bigG's text model in the published one."""
-    source, location = args.pretrained_prior_model_name_or_path, {"cache_dir": args.cache_dir}
-    with explain_errors(args, "pretrained_prior_model_name_or_path"):
-        return CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype, **location)
+    # The configuration first, since transformers 4 does not say why it could not load a tokenizer.
+    load_model(args, PRIOR_FLAG, CLIPTextConfig, "text_encoder")
+    return load_model(args, PRIOR_FLAG, CLIPTokenizerFast, "tokenizer")
 
 
 def load_encoders(
@@ -525,7 +518,7 @@ def load_encoders(
     supports it."""
     half = {"fp16": torch.float16, "bf16": torch.bfloat16} if accelerator.native_amp else {}
     dtype = half.get(accelerator.mixed_precision, torch.float32)
-    text_encoder = load_text_encoder(args, dtype)
+    text_encoder = load_model(args, PRIOR_FLAG, CLIPTextModel, "text_encoder", dtype=dtype)
     with explain_errors(args, "pretrained_image_encoder_name_or_path"):
         image_encoder = EfficientNetEncoder.load(args.pretrained_image_encoder_name_or_path, args.cache_dir)
     for encoder in (text_encoder, image_encoder):
@@ -540,17 +533,19 @@ def load_prior(
     image_encoder: EfficientNetEncoder,
 ) -> wuerstchen.WuerstchenPrior:
     """The prior in float32, pretrained or as `save_prior` wrote it to the checkpoint."""
-    source, location = args.pretrained_prior_model_name_or_path, {"cache_dir": args.cache_dir}
-    with explain_errors(args, "pretrained_prior_model_name_or_path"):
+    with explain_errors(args, PRIOR_FLAG):
         prior = wuerstchen.WuerstchenPrior.from_pretrained(
-            checkpoint or source, subfolder="prior", torch_dtype=torch.float32, **location
+            checkpoint or args.pretrained_prior_model_name_or_path,
+            subfolder="prior",
+            cache_dir=args.cache_dir,
+            torch_dtype=torch.float32,
         )
-        channels, width = image_encoder.config.c_latent, text_encoder.config.hidden_size
-        if (prior.config.c_in, prior.config.c_cond) != (channels, width):
-            raise ValueError(
-                f"the prior needs latents of c_in={prior.config.c_in} channels and prompt embeddings of "
-                f"c_cond={prior.config.c_cond}, but the encoders' have {channels} and {width}"
-            )
+        needed = {"c_in": image_encoder.config.c_latent, "c_cond": text_encoder.config.hidden_size}
+        for name, size in needed.items():
+            if prior.config[name] != size:
+                raise ValueError(
+                    f"the prior has {name}={prior.config[name]}, but its encoder's output {size}"
+                )
     prior.set_attn_processor(AttnProcessor2_0())  # the same attention, by PyTorch's memory-efficient kernel
     if args.gradient_checkpointing:
         prior.enable_gradient_checkpointing()
@@ -777,7 +772,6 @@ def is_validation_due(
 def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.WuerstchenDecoderPipeline:
     """The pipeline that decodes the prior's latents to images. Its components are loaded by their own
     classes, since the classes that its model_index.json names could be code in the folder."""
-    source, location = args.pretrained_decoder_model_name_or_path, {"cache_dir": args.cache_dir}
     classes = {
         "tokenizer": CLIPTokenizerFast,
         "text_encoder": CLIPTextModel,
@@ -785,15 +779,11 @@ def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.Wue
         "scheduler": DDPMWuerstchenScheduler,
         "vqgan": wuerstchen.PaellaVQModel,
     }
-    with explain_errors(args, "pretrained_decoder_model_name_or_path"):
-        config = wuerstchen.WuerstchenDecoderPipeline.load_config(source, **location)
-        if not {"decoder", "vqgan"} <= config.keys():
-            raise ValueError("its model_index.json is not that of a Würstchen decoder")
-        parts = {
-            name: part.from_pretrained(source, subfolder=name, **location) for name, part in classes.items()
-        }
-        scale = config.get("latent_dim_scale", 10.67)
-        return wuerstchen.WuerstchenDecoderPipeline(**parts, latent_dim_scale=scale).to(dtype)
+    flag = "pretrained_decoder_model_name_or_path"
+    parts = {name: load_model(args, flag, model_class, name) for name, model_class in classes.items()}
+    pipeline = wuerstchen.WuerstchenDecoderPipeline
+    config = pipeline.load_config(getattr(args, flag), cache_dir=args.cache_dir)
+    return pipeline(**parts, latent_dim_scale=config.get("latent_dim_scale", 10.67)).to(dtype)
 
 
 def decoder_image_size(decoder: wuerstchen.WuerstchenDecoderPipeline, resolution: float) -> int:
@@ -840,7 +830,6 @@ def log_validation(
         if num_held_out:
             inputs = (prior, noise_scheduler, encoders, load_held_out(), num_held_out)
             losses = compute_held_out_loss(accelerator, args, *inputs)
-            logger.info(f"Held-out loss at step {global_step}: {losses['val_loss']:.4f}")
     prior.train()
     log_metrics(accelerator, losses, global_step)
     if accelerator.is_main_process:
@@ -1122,45 +1111,38 @@ def load_folder(source: str, args: argparse.Namespace) -> datasets.Dataset:
     A folder with a README.md that is given as --dataset_name is a copy of a Hub repo, which it may configure.
     """
     folder = Path(source)
-    if args.dataset_name is None and not folder.is_dir():
-        raise ValueError("there is no such folder")
-    if (folder / "dataset_dict.json").is_file() and not (folder / "train").is_dir():
-        raise ValueError("there are no rows in a split named train")
-    for saved in (folder, folder / "train"):  # by `save_to_disk`
-        if (saved / "state.json").is_file():
-            return datasets.load_from_disk(saved)
-    if not folder.is_dir() or (args.dataset_name and (folder / "README.md").is_file()):
+    saved = folder / "train" if (folder / "dataset_dict.json").is_file() else folder
+    if (saved / "state.json").is_file():
+        return datasets.load_from_disk(saved)  # what `save_to_disk` wrote
+    if args.dataset_name and (not folder.is_dir() or (folder / "README.md").is_file()):
         return datasets.load_dataset(
             source, args.dataset_config_name, cache_dir=args.cache_dir, split="train"
         )
     root = str(folder.resolve())
-    files = list_files(root)
+    files = sorted(list_files(root))
     rows = read_image_folder(root, files, args.caption_column)
-    if rows:
-        paths, captions = zip(*rows, strict=True)
-        columns = {
-            "image": [{"path": path, "bytes": None} for path in paths],
-            args.caption_column: captions,
-            # For the fingerprint: what is kept in --cache_dir is made anew for an edited file.
-            "modified": [os.path.getmtime(path) if os.path.exists(path) else None for path in paths],
-        }
-        return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
-    suffix = next((suffix for suffix in BUILDERS if suffix in map(suffix_of, files)), None)
-    if suffix is None:
-        raise ValueError(
-            "it has no captioned images, WebDataset (.tar), Parquet or Arrow files. Write captions to "
-            'metadata.jsonl, a line {"file_name": "cat.jpg", "text": "a cat"} for each image, or to cat.txt'
-        )
-    return load_data_files(root, files, suffix, args)
+    if not rows:
+        return load_data_files(root, files, args)
+    columns = {
+        "image": [{"path": path, "bytes": None} for path, _ in rows],
+        args.caption_column: [captions for _, captions in rows],
+        # For the fingerprint: the cache of latents is made anew for an edited file.
+        "modified": [os.path.getmtime(path) if os.path.exists(path) else None for path, _ in rows],
+    }
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
 
 
 def list_files(folder: str, parents: tuple[str, ...] = ()) -> list[str]:
-    """All files in a folder, sorted, except hidden ones. Links are followed, unless they lead in a circle."""
+    """All files in a folder, except hidden ones. Links are followed, unless they lead in a circle."""
     files, parents = [], (*parents, os.path.realpath(folder))
     for entry in os.scandir(folder):
-        if not entry.name.startswith((".", "__")) and os.path.realpath(entry.path) not in parents:
-            files += list_files(entry.path, parents) if entry.is_dir() else [entry.path]
-    return sorted(files)
+        if entry.name.startswith((".", "__")):
+            continue
+        if not entry.is_dir():
+            files.append(entry.path)
+        elif os.path.realpath(entry) not in parents:
+            files += list_files(entry.path, parents)
+    return files
 
 
 def suffix_of(file: str) -> str:
@@ -1171,15 +1153,15 @@ def suffix_of(file: str) -> str:
 def select_train_files(files: list[str], root: str) -> list[str]:
     """The files in the split train or, if there are none, in no split. An image's split is its top-level
     folder; a data file's is any folder or its name, such as test-00000-of-00001.parquet."""
-    splits = []
+    splits = {}
     for file in files:
         pattern = r"(?:.*/)?%s(/|(-\d{5}-of-\d{5})?\.\w+$)" if suffix_of(file) in BUILDERS else "%s/"
         match = re.match(pattern % "(train|validation|test)", Path(file).relative_to(root).as_posix())
-        splits.append(match and match[1])
+        splits.setdefault(match and match[1], []).append(file)
     wanted = "train" if "train" in splits else None
-    if wanted not in splits:
-        raise ValueError(f"there are no rows in a split named train, only {', '.join(sorted(set(splits)))}")
-    return [file for file, split in zip(files, splits, strict=True) if split == wanted]
+    if files and wanted not in splits:
+        raise ValueError(f"there are no rows in a split named train, only in {', '.join(sorted(splits))}")
+    return splits.get(wanted, [])
 
 
 def read_image_folder(root: str, files: list[str], caption_column: str) -> list[tuple[str, list[str] | None]]:
@@ -1195,31 +1177,37 @@ def read_image_folder(root: str, files: list[str], caption_column: str) -> list[
         for path, caption in read_metadata(file, caption_column):
             if named_in.setdefault(path, file) != file:
                 raise ValueError(f"{named_in[path]} and {file} both name {path}; remove it from one of them")
-            rows.append((path, store_captions(caption)))
+            rows.append((path, caption))
     if len(metadata_files) > 1:
         rows.sort(key=lambda row: row[0])
-    images = [file for file in files if suffix_of(file) in IMAGE_SUFFIXES]
     text_files = {os.path.splitext(file)[0]: file for file in files if suffix_of(file) == ".txt"}
-    for image in images:
-        text_file = text_files.get(os.path.splitext(image)[0])
-        if image not in named_in and text_file:
-            text = Path(text_file).read_text(encoding="utf-8-sig", errors="surrogateescape").strip()
-            rows.append((image, store_captions(text.replace("\n", " ") or None)))
-    if not rows:
-        return []
+    uncaptioned = []
+    for image in files:
+        if suffix_of(image) in IMAGE_SUFFIXES and image not in named_in:
+            text_file = text_files.get(os.path.splitext(image)[0])
+            if text_file:
+                text = Path(text_file).read_text(encoding="utf-8-sig", errors="surrogateescape").strip()
+                rows.append((image, text.replace("\n", " ")))
+            else:
+                uncaptioned.append(image)
     used = set(select_train_files([path for path, _ in rows], root))
-    uncaptioned = sorted({*images} - {path for path, _ in rows})
-    message = f"Found {len(used)} captioned images in {root}, {len(uncaptioned)} without captions"
-    logger.info(printable(f"{message}, which are not used: {uncaptioned[:1]}" if uncaptioned else message))
-    return [(path.encode(errors="replace").decode(), captions) for path, captions in rows if path in used]
+    if rows:
+        logger.info(f"Found {len(used)} captioned images in {root}")
+    if rows and uncaptioned:
+        logger.warning(
+            f"{len(uncaptioned)} images without captions are not used: {printable(uncaptioned[0])}"
+        )
+    return [store_row(*row) for row in rows if row[0] in used]
 
 
-def store_captions(value) -> list[str] | None:
-    """A caption or a list of captions as Arrow can store it: None, which `check_rows` names, if it is not
-    text."""
-    captions = [value] if isinstance(value, str) else value
-    with contextlib.suppress(TypeError, ValueError):  # not strings, or half an emoji
-        return captions if "".join(captions).encode() and isinstance(captions, list) else None
+def store_row(path: str, caption) -> tuple[str, list[str] | None]:
+    """A path and its caption or captions as Arrow can store them. `check_rows` names those that are None."""
+    captions = [caption] if isinstance(caption, str) else caption
+    try:
+        is_text = isinstance(captions, list) and "".join(captions).encode()
+    except (TypeError, ValueError):  # not strings, or half an emoji
+        is_text = False
+    return path.encode(errors="replace").decode(), captions if is_text else None
 
 
 def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]]:
@@ -1258,8 +1246,14 @@ def find_image_file(folder: str, name: str) -> str:
     return next(filter(os.path.exists, paths), paths[0])
 
 
-def load_data_files(root: str, files: list[str], suffix: str, args: argparse.Namespace) -> datasets.Dataset:
+def load_data_files(root: str, files: list[str], args: argparse.Namespace) -> datasets.Dataset:
     """Loads data files by `datasets`. Other columns may differ between files."""
+    suffix = next((suffix for suffix in BUILDERS if suffix in map(suffix_of, files)), None)
+    if suffix is None:
+        raise ValueError(
+            "it has no captioned images, WebDataset (.tar), Parquet or Arrow files. Write captions to "
+            'metadata.jsonl, a line {"file_name": "cat.jpg", "text": "a cat"} for each image, or to cat.txt'
+        )
     files = select_train_files([file for file in files if suffix_of(file) == suffix], root)
     if any("::" in file for file in files):
         raise ValueError("`datasets` takes names with '::' for URLs: rename them")
@@ -1371,6 +1365,7 @@ def group_by_size(rows: Sequence[int], sizes: np.ndarray, batch_size: int) -> li
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 
+@dataclass
 class SampleDataset(Dataset):
     """Reads samples: pairs of a position, from which all random numbers follow, and a row.
 
@@ -1378,16 +1373,11 @@ class SampleDataset(Dataset):
     its place. The error is a value, since a DataLoader wraps an exception in its worker's traceback.
     """
 
-    def __init__(
-        self, dataset: datasets.Dataset, sizes: np.ndarray, rows: np.ndarray, preprocess: Callable, args
-    ):
-        self.dataset, self.sizes, self.rows, self.preprocess, self.args = (
-            dataset,
-            sizes,
-            rows,
-            preprocess,
-            args,
-        )
+    dataset: datasets.Dataset
+    sizes: np.ndarray
+    rows: np.ndarray
+    preprocess: Callable
+    args: argparse.Namespace
 
     def __getitem__(self, sample: tuple[int, int]) -> dict:
         position, row = sample
@@ -1670,11 +1660,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     if source is None:
         return None
     if source == "latest":
-        complete = list_checkpoints(args.output_dir)
-        logger.info(
-            f"--resume_from_checkpoint=latest: {complete[-1] if complete else 'none, so this is a new run'}"
-        )
-        return complete[-1] if complete else None
+        return next(reversed(list_checkpoints(args.output_dir)), None)
     for path in (Path(source), args.output_dir / source):
         if is_complete(path):
             return path.resolve()
@@ -1888,7 +1874,7 @@ class LossyStream(io.TextIOBase):
 
     def __init__(self, stream):
         self.stream = stream
-        if hasattr(stream, "reconfigure"):
+        with contextlib.suppress(AttributeError):  # a notebook's
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
@@ -1896,9 +1882,6 @@ class LossyStream(io.TextIOBase):
             self.stream.write(text)
             self.stream.flush()
         return len(text)
-
-    def isatty(self) -> bool:
-        return bool(self.stream) and self.stream.isatty()
 
 
 def end_training(accelerator: Accelerator):
@@ -1963,18 +1946,16 @@ def explain_errors(args: argparse.Namespace, flag: str) -> Iterator[None]:
     except BUGS:
         raise
     except Exception as error:
-        value, cause = getattr(args, flag), error
+        value, trace = getattr(args, flag), "".join(traceback.format_exception(error))
         while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # the reason, for example a full disk
-        name = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        reason = name + printable(str(error).strip())
-        while cause := cause.__cause__ or cause.__context__:
-            if isinstance(cause, hub.errors.LocalEntryNotFoundError):
-                reason = "it is not a local folder, not in the cache, and the Hub cannot be reached"
+        reason = str(error).strip() if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        if "LocalEntryNotFoundError" in trace:
+            reason = "it is not a local folder, not in the cache, and the Hub cannot be reached"
         for file in Path(value).rglob("*") if flag.endswith("_path") and os.path.exists(value) else []:
             if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(LFS_POINTER):
                 reason = f"{file} is a Git LFS pointer: run `git lfs pull`"
-        raise SystemExit(f"--{flag}={value}: {reason}") from None
+        raise SystemExit(f"--{flag}={value}: {printable(reason)}") from None
 
 
 @contextlib.contextmanager
@@ -2021,10 +2002,10 @@ def log_metrics(accelerator: Accelerator, metrics: dict[str, float], global_step
 def read_metrics(output_dir: Path, name: str, max_rows: int = sys.maxsize) -> list[dict[str, float]]:
     """The lines of loss.jsonl with the metric `name`, or about `max_rows` evenly spaced ones, without lines that
     a crash truncated."""
-    rows, file = [], output_dir / "loss.jsonl"
-    with open(file if file.exists() else os.devnull, errors="replace") as lines:
-        lines = [line for line in lines if f'"{name}"' in line]
-    for line in lines[:: math.ceil(len(lines) / max_rows) or 1]:
+    rows, lines = [], []
+    with contextlib.suppress(FileNotFoundError), open(output_dir / "loss.jsonl", errors="replace") as file:
+        lines = [line for line in file if f'"{name}"' in line]
+    for line in lines[:: len(lines) // max_rows + 1]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
@@ -2033,13 +2014,14 @@ def read_metrics(output_dir: Path, name: str, max_rows: int = sys.maxsize) -> li
 def truncate_logs(output_dir: Path, state: dict):
     """Removes from loss.jsonl and samples/ what a run that starts at `state` writes again."""
     with only_warn("Truncating loss.jsonl"):
-        last = {True: state["global_step"] or -1, False: state["validated_step"]}
-        rows = [row for row in read_metrics(output_dir, "step") if row["step"] <= last["train_loss" in row]]
+        validated, trained = state["validated_step"], state["global_step"] or -1
+        rows = read_metrics(output_dir, "step")
+        rows = [row for row in rows if row["step"] <= (trained if "train_loss" in row else validated)]
         partial = output_dir / ".loss.jsonl"
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         partial.replace(output_dir / "loss.jsonl")
         for file in output_dir.glob("samples/step-*-prompt-*.png"):
-            if sample_step(file) > state["validated_step"]:
+            if sample_step(file) > validated:
                 file.unlink()
 
 
@@ -2064,13 +2046,9 @@ def training_command(args: argparse.Namespace) -> str:
     """The settings as a command, for images and the model card."""
     words = ["accelerate", "launch", Path(__file__).name]
     for name, value in public_settings(args).items():
-        if value not in (None, False):
-            values = (
-                [f"--{name}={value}"]
-                if isinstance(value, (str, float, int))
-                else [f"--{name}", *map(str, value)]
-            )
-            words += [f"--{name}"] if value is True else values
+        if value is not None and value is not False:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(str(value) for value in values if value is not True)]
     return shlex.join(words)
 
 
@@ -2113,26 +2091,22 @@ def log_images_to_tracker(tracker, images: list[tuple[str, Image.Image]], global
     tracker.log(values, step=global_step)
 
 
-def save_contact_sheet(args: argparse.Namespace, cell: int = 192):
+def save_contact_sheet(args: argparse.Namespace, side: int = 192):
     """Writes samples/contact-sheet.png: prompts of each size down, at most 12 steps across, the first and the
     last among them. For many prompts there are fewer steps: to read an image takes 50 ms."""
     rows, samples = validation_images(args), args.output_dir / "samples"
     steps = sorted({sample_step(file) for file in samples.glob("step-*-prompt-*.png")})
     steps = sorted({*steps[:: math.ceil(len(steps) * max(len(rows) / 256, 1 / 12))], steps[-1]})
-    font = ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", 14)
-    sheet = Image.new("RGB", (cell * (1 + len(steps)), cell * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, (prompt, name, _) in enumerate(rows):
-        draw.text(
-            (8, cell * y + 24), textwrap.fill(prompt, 20, max_lines=9, placeholder=" ..."), "black", font
-        )
-        for x, step in enumerate(steps, 1):
-            draw.text((cell * x, cell * y), f"step {step}", "black", font)
-            file = find_sample(args, step, prompt, name)
-            if file:
-                image = ImageOps.pad(Image.open(file), (cell - 8, cell - 24), color="white")
-                sheet.paste(image, (cell * x, cell * y + 20))
-    sheet.save(samples / "contact-sheet.png")
+    font = ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", 12)
+    cells = []
+    for (prompt, name, _), step in itertools.product(rows, steps):
+        cell, file = Image.new("RGB", (side, side + 36), "white"), find_sample(args, step, prompt, name)
+        label = textwrap.shorten(prompt, 28, placeholder=" ...")
+        ImageDraw.Draw(cell).text((4, 4), f"{label}\nstep {step}", "black", font)
+        if file:
+            cell.paste(ImageOps.pad(Image.open(file), (side, side), color="white"), (0, 36))
+        cells.append(cell)
+    make_image_grid(cells, rows=len(rows), cols=len(steps)).save(samples / "contact-sheet.png")
 
 
 def save_loss_curve(output_dir: Path):
@@ -2165,8 +2139,6 @@ def check_destinations(args: argparse.Namespace) -> str:
     repo_id, token = args.hub_model_id or args.output_dir.resolve().name, args.hub_token
     if args.push_to_hub:
         with explain_errors(args, "hub_model_id"):
-            if not token and not hub.get_token():
-                raise ValueError("there is no token for the Hub; log in with `hf auth login`")
             private = args.hub_private_repo or None
             repo_id = hub.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
             # Asks how a file would be uploaded, which a read-only token must not. Nothing is uploaded.
@@ -2206,12 +2178,13 @@ def save_pipeline(args: argparse.Namespace, prior, tokenizer, noise_scheduler) -
     """Writes `prior_pipeline/` and then the whole pipeline at the root, all in float32. Each is complete in a
     temporary folder before it replaces an older result. Returns the side in pixels of the images."""
     output_dir, partial = args.output_dir, args.output_dir / ".result.partial"
-    text_encoder = load_text_encoder(args, torch.float32)  # the one in use may be in half precision
+    # The text encoder in use may be in half precision.
+    text_encoder = load_model(args, PRIOR_FLAG, CLIPTextModel, "text_encoder", dtype=torch.float32)
+    decoder = load_decoder(args, torch.float32)
     with explain_errors(args, "output_dir"):
         pipeline = wuerstchen.WuerstchenPriorPipeline(tokenizer, text_encoder, prior, noise_scheduler)
         save_components(pipeline, partial / "prior_pipeline")
         move_into_place(partial, output_dir)
-        decoder = load_decoder(args, torch.float32)
         save_components(decoder, partial)
         prior_components = {f"prior_{name}": component for name, component in pipeline.components.items()}
         for file in (output_dir / "prior_pipeline").glob("*/*"):

@@ -10,7 +10,8 @@ To resume, run the same command again with --resume_from_checkpoint=latest. The 
 Part 1 is the training, in the order in which it runs. Read `main` first:
 
     arguments      parse_args
-    data           load_train_dataset, check_rows, load_image, make_augmentations, list_captions, preprocess_train
+    data           load_train_dataset, check_rows, load_image, make_augmentations, list_captions,
+                   preprocess_train
     models         load_encoders, load_prior, save_prior, load_ema, make_optimizer, make_lr_scheduler
     diffusion      encode_batch, sample_noise, sample_timesteps, diffusion_loss
     validation     is_validation_due, load_decoder, validation_images, log_validation
@@ -96,7 +97,6 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
     parse_flag_from_env,
-    send_to_device,
 )
 from datasets.arrow_writer import ArrowWriter
 from diffusers import DDPMWuerstchenScheduler
@@ -301,15 +301,11 @@ def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
     """Loads the rows to train on: images, still encoded (`load_image` decodes them), and captions."""
     with explain_errors(args, "dataset_name" if args.dataset_name else "train_data_dir"):
         dataset = load_folder(args.dataset_name or args.train_data_dir, args).with_format(None)
-    for flag in ("image_column", "caption_column"):
-        with explain_errors(args, flag):
-            dataset.select_columns(getattr(args, flag))
-    dataset = dataset.select_columns([args.image_column, args.caption_column])
-    try:
+    with explain_errors(args, "image_column"):
+        dataset.select_columns(args.image_column)
         dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError):
-        kind = dataset.features[args.image_column]
-        raise SystemExit(f"--image_column={args.image_column}: it holds {kind}, not images") from None
+    with explain_errors(args, "caption_column"):
+        dataset = dataset.select_columns([args.image_column, args.caption_column])
     if args.max_train_samples is not None:
         num_rows = min(args.max_train_samples, len(dataset))
         dataset = dataset.shuffle(seed=args.seed, keep_in_memory=True).select(range(num_rows))
@@ -323,9 +319,9 @@ def check_rows(
     rows. Images are not decoded. Returns the rows, all their captions, and a hash of the captions and of the
     images' names and sizes, with which a run can be resumed."""
     # An image file lies in one of these folders: neither /etc/passwd nor a URL does.
-    caches = [args.cache_dir, datasets.config.HF_DATASETS_CACHE, hub.constants.HF_HUB_CACHE]
-    folders = [folder for folder in [args.dataset_name or args.train_data_dir, *caches] if folder]
-    roots = tuple(path(folder) + os.sep for folder in folders for path in (os.path.abspath, os.path.realpath))
+    places = [args.dataset_name or args.train_data_dir, args.cache_dir]
+    places = filter(None, [*places, datasets.config.HF_DATASETS_CACHE, hub.constants.HF_HUB_CACHE])
+    roots = tuple(path(place) + os.sep for place in places for path in (os.path.abspath, os.path.realpath))
 
     digest, good_rows, errors, all_captions = hashlib.sha256(), [], [], []
     for table in dataset.with_format("arrow").iter(batch_size=1000):
@@ -638,8 +634,8 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace
 @torch.no_grad()
 def embed_captions(tokens: dict[str, torch.Tensor], text_encoder: CLIPTextModel) -> torch.Tensor:
     """Embeds tokenized captions, (B, 77) to (B, 77, width): the text encoder's last hidden state."""
-    tokens = send_to_device(tokens, text_encoder.device)
-    return text_encoder(tokens["text_input_ids"], attention_mask=tokens["text_mask"]).last_hidden_state
+    input_ids, mask = (tokens[name].to(text_encoder.device) for name in ("text_input_ids", "text_mask"))
+    return text_encoder(input_ids, attention_mask=mask).last_hidden_state
 
 
 def normalize_pixels(pixels: torch.Tensor) -> torch.Tensor:
@@ -660,8 +656,7 @@ def encode_batch(batch: dict, text_encoder, image_encoder) -> tuple[torch.Tensor
     """The images' latents, (B, 16, H / 32, W / 32), and the embeddings of the captions, (B, 77, width)."""
     if "latents" in batch:  # --cache_latents
         return batch["latents"], batch["prompt_embeds"]
-    tokens = {name: batch[name] for name in ("text_input_ids", "text_mask")}
-    return embed_images(batch["effnet_pixel_values"], image_encoder), embed_captions(tokens, text_encoder)
+    return embed_images(batch["effnet_pixel_values"], image_encoder), embed_captions(batch, text_encoder)
 
 
 def derive_seed(*key) -> int:
@@ -919,9 +914,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     stale_checkpoints = check_output_dir(args, checkpoint)
     state = read_state(checkpoint) if checkpoint else {"global_step": 0, "validated_step": -1}
     if not checkpoint or stale_checkpoints or checkpoint.parent != args.output_dir.resolve():
-        state["wandb_run_id"] = (
-            f"{random.getrandbits(40):010x}"  # a branch is a new run: wandb has these steps
-        )
+        state["wandb_run_id"] = f"{random.getrandbits(40):010x}"  # also of a branch: wandb has its steps
     global_step = first_step = state["global_step"]
     if args.seed is None:
         args.seed = state["plan"]["seed"] if checkpoint else random.getrandbits(31)
@@ -947,7 +940,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         "num_rows": num_rows,
         "rows_hash": rows_hash,
         "samples_per_step": samples_per_step,
-        "buckets": args.aspect_ratio_buckets and [args.train_batch_size, *sizes[train_rows].mean(axis=0)],
+        "buckets": args.aspect_ratio_buckets and [args.resolution, args.train_batch_size],
         "optimizer": args.optimizer,
     }
     check_same_run(args, plan, state, checkpoint)
@@ -961,7 +954,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     decoder = load_decoder(args, encoders[0].dtype)  # without prompts only a check: the result needs it
     decoder = decoder if args.validation_prompts else None
     prompt_embeds = {p: embed_captions(tokenize_captions([p], tokenizer), encoders[0]) for p in prompts}
-    load = functools.partial(load_batches, args, device, signals := [])
+    signals = []  # that should stop the run; `deferred_signals` adds them
+    load = functools.partial(load_batches, args, device, signals)
     preprocess = functools.partial(preprocess_train, args=args, tokenizer=tokenizer)
     if args.cache_latents:
         dataset = cache_latents(load, dataset, sizes, rows_hash, args, tokenizer, *encoders)
@@ -981,9 +975,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 
     # The batches: this rank's share of the samples from `first_step` on, and of the held-out rows.
     load = functools.partial(load, dataset, sizes, preprocess)
-    train_batches = load(
-        train_rows, order_batches(train_rows, sizes, args, accelerator, first_step), train=True
-    )
+    batches = order_batches(train_rows, sizes, args, accelerator, first_step)
+    train_batches = load(train_rows, batches, train=True)
     held_out = group_by_size(held_out_rows.tolist(), sizes, args.train_batch_size)
     held_out = held_out[accelerator.process_index :: accelerator.num_processes]
     load_held_out = functools.partial(load, held_out_rows, held_out, train=False)
@@ -993,11 +986,11 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         init_trackers(accelerator, args, state)  # they continue at the checkpoint's step
         truncate_logs(args.output_dir, state)
 
-    logger.info("***** Running training *****")
     logger.info(
-        f"  Rows = {num_rows}, seed = {args.seed}, devices = {accelerator.num_processes} x {device.type}"
+        f"***** Training from step {first_step} to {args.max_train_steps} *****\n"
+        f"  devices: {accelerator.num_processes} x {device.type}, rows: {num_rows}, seed: {args.seed}, "
+        f"samples per step: {samples_per_step}"
     )
-    logger.info(f"  Samples per step = {samples_per_step}, steps = {first_step} to {args.max_train_steps}")
     prior.train()
     stop = False
     progress = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=not is_main_process)
@@ -1239,8 +1232,8 @@ def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]
 
 
 def find_image_file(folder: str, name: str) -> str:
-    """The path of an image that a metadata file names, also as Windows (backslashes) or macOS (another Unicode
-    normalization) writes it."""
+    """The path of an image that a metadata file names, also as Windows (backslashes) or macOS (another
+    Unicode normalization) writes it."""
     names = [name, name.replace("\\", "/"), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
     paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
     return next(filter(os.path.exists, paths), paths[0])
@@ -1297,8 +1290,8 @@ def read_ratio(value: dict) -> float:
 def choose_sizes(
     dataset: datasets.Dataset, train_rows: np.ndarray, args: argparse.Namespace, accelerator: Accelerator
 ) -> np.ndarray:
-    """The height and width of each row's pixels, (num_rows, 2), by which rows are put into batches: the square
-    of --resolution or, with --aspect_ratio_buckets, the nearest shape that has enough rows for a batch."""
+    """The height and width of each row's pixels, (num_rows, 2), by which rows are put into batches: the
+    square of --resolution or, with --aspect_ratio_buckets, the nearest shape with enough rows for a batch."""
     if not args.aspect_ratio_buckets:
         return np.full((len(dataset), 2), args.resolution)
     ratios, sizes = [], bucket_sizes(args.resolution)
@@ -1358,7 +1351,7 @@ def order_batches(
 
 
 def group_by_size(rows: Sequence[int], sizes: np.ndarray, batch_size: int) -> list[list[tuple[int, int]]]:
-    """Rows in batches of one size; the last batch of each size may be smaller. A row's position is its index."""
+    """Rows in batches of one size; the last batch of each size may be smaller. Positions are indices."""
     groups = defaultdict(list)
     for sample in enumerate(rows):
         groups[tuple(sizes[sample[1]])].append(sample)
@@ -1396,11 +1389,11 @@ class SampleDataset(Dataset):
 
 
 def collate_fn(samples: list[dict]) -> dict:
-    """Stacks samples to a batch: lists, and tensors as pairs of a dtype and an array of bytes. An error in one
-    of them is the batch's.
+    """Stacks samples to a batch: lists, and tensors as pairs of a dtype and an array of bytes. An error in
+    one of them is the batch's.
 
-    Workers send arrays through a pipe. Tensors would go through shared memory, of which containers have little,
-    and sockets in the temporary folder, whose path can be too long.
+    Workers send arrays through a pipe. Tensors would go through shared memory, of which containers have
+    little, and sockets in the temporary folder, whose path can be too long.
     """
     for sample in samples:
         if "error" in sample:
@@ -1479,8 +1472,8 @@ def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenizer, *encoders) -> str:
-    """A hash of all that the cache depends on: captions and files, sizes, the tokens and pixels of some rows as
-    the code makes them now, and the encoders, their dtype and weights."""
+    """A hash of all that the cache depends on: captions and files, sizes, the tokens and pixels of some rows
+    as the code makes them now, and the encoders, their dtype and weights."""
     sources = [inspect.getsource(function) for function in (embed_captions, embed_images, normalize_pixels)]
     models = [repr(encoder) for encoder in encoders]  # activations and strides
     digest = hashlib.sha256(repr((rows_hash, dataset._fingerprint, sizes.tolist(), sources, models)).encode())
@@ -1613,8 +1606,8 @@ def public_settings(args: argparse.Namespace) -> dict:
 
 
 def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace):
-    """Locks the folder against a second run until `end_training` or the end of the process. All ranks must see
-    the same folder."""
+    """Locks the folder against a second run until `end_training` or the end of the process. All ranks must
+    see the same folder."""
     release_locks()
     file = args.output_dir / ".lock"
     with explain_errors(args, "output_dir"):
@@ -1635,8 +1628,8 @@ def release_locks():
 
 
 def read_state(checkpoint: Path) -> dict:
-    """What a checkpoint contains besides weights and optimizer: the step, the plan of samples, the settings, the
-    id of the wandb run, and the names and sizes of its files."""
+    """What a checkpoint contains besides weights and optimizer: the step, the plan of samples, the settings,
+    the id of the wandb run, and the names and sizes of its files."""
     return json.loads((checkpoint / STATE_FILE).read_text())
 
 
@@ -1694,8 +1687,8 @@ def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[
 
 
 def check_same_run(args: argparse.Namespace, plan: dict, state: dict, checkpoint: Path | None):
-    """Refuses to resume with other samples or another optimizer. Reports other flags that changed, and settings
-    that are rarely meant."""
+    """Refuses to resume with other samples or another optimizer. Reports other flags that changed, and
+    settings that are rarely meant."""
     saved, settings = state.get("plan", plan), state.get("settings", {})
     for name, value in plan.items():
         if saved.get(name) != value:
@@ -1706,20 +1699,12 @@ def check_same_run(args: argparse.Namespace, plan: dict, state: dict, checkpoint
     for name, value in public_settings(args).items():
         if settings.get(name, value) != value:
             logger.warning(f"Changed since {checkpoint}: --{name}={value} (was {settings[name]})")
-    warm_up = 0 if args.lr_scheduler.endswith("constant") else args.lr_warmup_steps
-    for is_odd, message in (
-        (args.resolution % STRIDE, f"--resolution={args.resolution} is rounded up to a multiple of {STRIDE}"),
-        (
-            plan["samples_per_step"] > plan["num_rows"],
-            "A step has more samples than there are rows: some repeat",
-        ),
-        (
-            warm_up >= args.max_train_steps,
-            f"--lr_warmup_steps={warm_up} is not shorter than the run: lower it",
-        ),
-    ):
-        if is_odd:
-            logger.warning(message)
+    if args.resolution % STRIDE:
+        logger.warning(f"--resolution={args.resolution} is rounded up to a multiple of {STRIDE}")
+    if plan["samples_per_step"] > plan["num_rows"]:
+        logger.warning("A step has more samples than there are rows: some repeat in it")
+    if args.lr_warmup_steps >= args.max_train_steps and not args.lr_scheduler.endswith("constant"):
+        logger.warning(f"--lr_warmup_steps={args.lr_warmup_steps} is not shorter than the run: lower it")
 
 
 def load_optimizer_state(accelerator: Accelerator, optimizer, checkpoint: Path, args: argparse.Namespace):
@@ -1915,8 +1900,8 @@ def deferred_signals(received: list[int]) -> Iterator[None]:
 
 
 def prepare_worker(worker_id: int):
-    """Leaves stopping to the main process: terminals and schedulers signal every process of a job. A batch that
-    cannot be sent, for which the main process would wait forever, ends the worker."""
+    """Leaves stopping to the main process: terminals and schedulers signal every process of a job. A batch
+    that cannot be sent, for which the main process would wait forever, ends the worker."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1980,8 +1965,8 @@ MAX_CURVE_POINTS = 20_000  # to read a million lines would take seconds each tim
 
 def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: dict):
     """Starts the trackers, or continues the curves of the run that is resumed."""
-    config = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in vars(args).items()}
-    del config["hub_token"]
+    config = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    config = {name: v if isinstance(v, (int, float)) else str(v) for name, v in config.items()}
     init_kwargs = {
         "tensorboard": {"purge_step": state["global_step"] + 1 if state["global_step"] else 0},
         "wandb": {"id": state["wandb_run_id"], "resume": "allow"},
@@ -2000,8 +1985,8 @@ def log_metrics(accelerator: Accelerator, metrics: dict[str, float], global_step
 
 
 def read_metrics(output_dir: Path, name: str, max_rows: int = sys.maxsize) -> list[dict[str, float]]:
-    """The lines of loss.jsonl with the metric `name`, or about `max_rows` evenly spaced ones, without lines that
-    a crash truncated."""
+    """The lines of loss.jsonl with the metric `name`, or about `max_rows` evenly spaced ones, without lines
+    that a crash truncated."""
     rows, lines = [], []
     with contextlib.suppress(FileNotFoundError), open(output_dir / "loss.jsonl", errors="replace") as file:
         lines = [line for line in file if f'"{name}"' in line]
@@ -2110,18 +2095,18 @@ def save_contact_sheet(args: argparse.Namespace, side: int = 192):
 
 
 def save_loss_curve(output_dir: Path):
-    """Writes loss.png: the training loss, its mean over a fiftieth of the steps, and the held-out loss."""
+    """Writes loss.png: the training loss and the held-out loss, and their means over a fiftieth of each."""
     with only_warn("Writing loss.png"):
         figure = Figure(figsize=(10, 5))
         axes = figure.subplots()
-        for name, num_means, color in (("train_loss", 50, "lightgray"), ("val_loss", math.inf, "tab:red")):
+        for name, color in (("train_loss", "tab:blue"), ("val_loss", "tab:red")):
             rows = read_metrics(output_dir, name, MAX_CURVE_POINTS)
             points = np.array([(row["step"], row[name]) for row in rows if math.isfinite(row[name])])
+            width = len(points) // 50 + 1
             if len(points):  # without overflows of fp16
-                width = int(max(1, len(points) // num_means))
                 means = np.convolve(points[:, 1], np.ones(width) / width, "valid")
-                axes.plot(*points.T, ".-", color=color, label=name)
-                axes.plot(points[width - 1 :, 0], means, label=f"mean of {width}")
+                axes.plot(*points.T, ".-", color=color, alpha=0.3)
+                axes.plot(points[width - 1 :, 0], means, ".-", color=color, label=f"{name}, mean of {width}")
         axes.set(xlabel="step", ylabel="loss")
         axes.legend()
         figure.savefig(output_dir / "loss.png")
@@ -2163,21 +2148,23 @@ def save_components(pipeline: diffusers.DiffusionPipeline, folder: Path):
 def move_into_place(partial: Path, output_dir: Path):
     """Replaces parts of the result by complete ones in a temporary folder, and deletes what was there."""
     flush_to_disk(partial)
-    old = output_dir / ".result.old"
-    delete(old)
-    old.mkdir(exist_ok=True)
+    old = output_dir / f".result.{time.time_ns()}"
+    old.mkdir()
     for path in partial.iterdir():
-        if (output_dir / path.name).exists():
+        with contextlib.suppress(FileNotFoundError):
             (output_dir / path.name).rename(old / path.name)
         path.rename(output_dir / path.name)
-    delete(partial)
-    delete(old)
+    with only_warn(f"Deleting {old}"):
+        delete(partial)
+        for path in output_dir.glob(".result.*"):
+            delete(path)
 
 
 def save_pipeline(args: argparse.Namespace, prior, tokenizer, noise_scheduler) -> int:
     """Writes `prior_pipeline/` and then the whole pipeline at the root, all in float32. Each is complete in a
     temporary folder before it replaces an older result. Returns the side in pixels of the images."""
     output_dir, partial = args.output_dir, args.output_dir / ".result.partial"
+    delete(partial)
     # The text encoder in use may be in half precision.
     text_encoder = load_model(args, PRIOR_FLAG, CLIPTextModel, "text_encoder", dtype=torch.float32)
     decoder = load_decoder(args, torch.float32)
@@ -2203,41 +2190,37 @@ def save_model_card(
     args: argparse.Namespace, image_size: int, global_step: int, plan: dict, accelerator: Accelerator
 ):
     """Writes README.md: what was trained on what, for how long and how, images, and code to generate more."""
-    sources, prompts = (
-        (args.pretrained_prior_model_name_or_path, args.dataset_name),
-        args.validation_prompts or [],
-    )
+    prompts = args.validation_prompts or []
+    sources = (args.pretrained_prior_model_name_or_path, args.dataset_name)
     base_model, dataset = (name if name and not os.path.exists(name) else None for name in sources)
     license_name = None
     with contextlib.suppress(Exception):  # there may be no card, or no connection to the Hub
         license_name = hub.ModelCard.load(base_model or Path(sources[0], "README.md")).data.license
-    files = [find_sample(args, global_step, *image[:2]) for image in validation_images(args)[: len(prompts)]]
-    if any(files):
-        images = [Image.open(file) for file in files if file]
+    found = [find_sample(args, global_step, *image[:2]) for image in validation_images(args)[: len(prompts)]]
+    images = [Image.open(file) for file in found if file]
+    if images:
         make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "grid.png")
-    card_data = hub.ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["wuerstchen", "text-to-image", "diffusers", "diffusers-training"],
-        license=license_name,
-        base_model=base_model,
-        datasets=dataset and [dataset],
-    )
     # A result that is not uploaded can be loaded from any folder, as well.
     source = args.hub_model_id if args.push_to_hub else str(args.output_dir.resolve())
     speeds = [row["images_per_second"] for row in read_metrics(args.output_dir, "images_per_second")]
     duration = timedelta(seconds=round(sum(plan["samples_per_step"] / speed for speed in speeds)))
+    epochs = global_step * plan["samples_per_step"] / plan["num_rows"]
     card = f"""---
-{card_data}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [wuerstchen, text-to-image, diffusers, diffusers-training]
+{f"license: {license_name}" if license_name else ""}
+{f"base_model: {base_model}" if base_model else ""}
+{f"datasets: [{dataset}]" if dataset else ""}
 ---
 
 # {args.hub_model_id}
 
 The Würstchen prior **{base_model or "of a local folder"}**, fine-tuned on **{dataset or "local images"}** for
-{global_step} steps of {plan["samples_per_step"]} samples, {global_step * plan["samples_per_step"] / plan["num_rows"]:.1f}
-epochs of {plan["num_rows"]} rows, in {duration} hours on {accelerator.num_processes} x {accelerator.device.type}.
+{global_step} steps of {plan["samples_per_step"]} samples, {epochs:.1f} epochs of {plan["num_rows"]} rows,
+in {duration} hours on {accelerator.num_processes} x {accelerator.device.type}.
 
-{"![" + ", ".join(prompts) + "](grid.png)" if any(files) else ""}
+{"![" + ", ".join(prompts) + "](grid.png)" if images else ""}
 
 ## How to use it
 
@@ -2280,8 +2263,8 @@ def push_to_hub(args: argparse.Namespace, global_step: int):
         hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **settings)
     except Exception as error:
         raise SystemExit(
-            f"--push_to_hub: {printable(str(error))}; the result is complete in {args.output_dir}; to push it, run "
-            "the same command with --resume_from_checkpoint=latest"
+            f"--push_to_hub: {printable(str(error))}; the result is complete in {args.output_dir}; to push it, "
+            "run the same command with --resume_from_checkpoint=latest"
         ) from None
 
 
@@ -2301,7 +2284,8 @@ def log_summary(args: argparse.Namespace, global_step: int):
     )
 
 
-# ------------------------------------------------------------- compile: the prior's steps as CUDA graphs
+# ---------------------------------------------------------------------------------------------------- compile
+# Records the prior's training steps as CUDA graphs, for --compile.
 # The order in which the compiled prior asks for an attention kernel, the fastest on an H100 first.
 ATTENTION_KERNELS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -2311,7 +2295,7 @@ ATTENTION_KERNELS = [
 ]
 
 
-def make_compiled_forward(prior):
+def make_compiled_forward(prior: wuerstchen.WuerstchenPrior) -> Callable:
     """WuerstchenPrior.forward in channels-last format, in which one compiled function serves all triplets of
     blocks. (Compiling the whole model takes minutes.)"""
 
@@ -2331,7 +2315,12 @@ def make_compiled_forward(prior):
     return compiled_forward
 
 
-def compile_prior(prior, accelerator, args, prompt_embeds):
+def compile_prior(
+    prior: wuerstchen.WuerstchenPrior,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    prompt_embeds: torch.Tensor,
+):
     """Makes the prior's training steps replay two CUDA graphs, forward and backward. Validation runs the
     prior as it is. Where that is not possible, a warning is logged and nothing is changed.
 

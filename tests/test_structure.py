@@ -43,15 +43,8 @@ def test_both_tables_of_contents_list_the_sections_and_their_definitions_in_orde
 
 
 def test_places_to_edit_and_the_guides_landmarks_keep_their_names():
-    guide = {
-        "parse_args",
-        "main",
-        "tokenize_captions",
-        "preprocess_train",
-        "log_validation",
-        "save_model_card",
-    }
-    assert {*TO_EDIT, *guide} <= DEFINITIONS.keys() and len(TO_EDIT) >= 11
+    guide = "parse_args main tokenize_captions preprocess_train log_validation save_model_card"
+    assert {*TO_EDIT, *re.findall(r"\w+", guide)} <= DEFINITIONS.keys() and len(TO_EDIT) >= 11
 
 
 def test_landmarks_in_places_to_edit_are_there_while_the_code_is_ours():

@@ -500,13 +500,6 @@ def load_model(args: argparse.Namespace, flag: str, model_class: type, subfolder
         return model_class.from_pretrained(getattr(args, flag), **location, **settings)
 
 
-def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizerFast:
-    """The tokenizer of the prior's text encoder."""
-    # The configuration first, since transformers 4 does not say why it could not load a tokenizer.
-    load_model(args, PRIOR_FLAG, CLIPTextConfig, "text_encoder")
-    return load_model(args, PRIOR_FLAG, CLIPTokenizerFast, "tokenizer")
-
-
 def load_encoders(
     args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[CLIPTextModel, EfficientNetEncoder]:
@@ -570,14 +563,6 @@ def load_ema(
         raise SystemExit(f"--use_ema: {checkpoint} has no prior_ema/, since its run did not use --use_ema")
     ema_prior.to("cpu" if args.offload_ema else prior.device)
     return ema_prior
-
-
-def update_ema(ema_prior: EMAModel, prior: torch.nn.Module):
-    """Moves the average towards the prior's weights, on the device of the average."""
-    device = ema_prior.shadow_params[0].device
-    # Whether a weight is trained decides whether it is averaged.
-    weights = [p.detach().to(device).requires_grad_(p.requires_grad) for p in prior.parameters()]
-    ema_prior.step(weights)
 
 
 @contextlib.contextmanager
@@ -923,7 +908,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     args.seed, args.hub_model_id = broadcast_object_list([args.seed, args.hub_model_id])
 
     # The data: each row's image and captions, and the size to which the image is resized and cropped.
-    tokenizer = load_tokenizer(args)
+    load_model(args, PRIOR_FLAG, CLIPTextConfig, "text_encoder")  # transformers 4 reports errors only of it
+    tokenizer = load_model(args, PRIOR_FLAG, CLIPTokenizerFast, "tokenizer")
     dataset, captions, rows_hash = check_rows(load_train_dataset(args), args)
     prompts = ["", *(args.validation_prompts or [])]
     if is_main_process:
@@ -935,14 +921,9 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * num_rows / samples_per_step)
     # With the same plan a resumed run continues with the same samples, on any number of processes.
-    plan = {
-        "seed": args.seed,
-        "num_rows": num_rows,
-        "rows_hash": rows_hash,
-        "samples_per_step": samples_per_step,
-        "buckets": args.aspect_ratio_buckets and [args.resolution, args.train_batch_size],
-        "optimizer": args.optimizer,
-    }
+    plan = {"seed": args.seed, "num_rows": num_rows, "rows_hash": rows_hash, "optimizer": args.optimizer}
+    plan["samples_per_step"] = samples_per_step
+    plan["buckets"] = args.aspect_ratio_buckets and [args.resolution, args.train_batch_size]
     check_same_run(args, plan, state, checkpoint)
     state |= {"plan": plan, "settings": public_settings(args)}
 
@@ -986,17 +967,14 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         init_trackers(accelerator, args, state)  # they continue at the checkpoint's step
         truncate_logs(args.output_dir, state)
 
-    logger.info(
-        f"***** Training from step {first_step} to {args.max_train_steps} *****\n"
-        f"  devices: {accelerator.num_processes} x {device.type}, rows: {num_rows}, seed: {args.seed}, "
-        f"samples per step: {samples_per_step}"
-    )
+    logger.info(f"***** Training from step {first_step} to {args.max_train_steps} *****")
+    logger.info(f"  {accelerator.num_processes} x {device.type}, seed {args.seed}")
+    logger.info(f"  {num_rows} rows, {samples_per_step} samples per step")
     prior.train()
     stop = False
     progress = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=not is_main_process)
     with deferred_signals(signals), progress, logging_redirect_tqdm():
-        # Each turn does what is due after `global_step` steps and then takes a step: the first one validates
-        # the untrained prior, the last one saves a checkpoint and takes no step.
+        # The first turn validates the untrained prior, the last one saves a checkpoint and takes no step.
         while True:
             # ---- Once in a while: validate (all ranks), save a checkpoint (rank 0 writes, all wait), stop
             is_last = global_step >= args.max_train_steps
@@ -1014,14 +992,13 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             if is_last:
                 break
 
-            # ---- One training step (all ranks). All random numbers follow from the seed and the positions of
-            # the samples, whatever the rank.
+            # ---- One training step (all ranks), random as follows from the seed and the samples' positions
             started = time.perf_counter()
             train_loss, rows = torch.zeros((), device=device), []
             for _ in range(args.gradient_accumulation_steps):
                 batch = next(train_batches)
                 with accelerator.accumulate(prior):
-                    # Convert images to latents and captions to embeddings
+                    # Convert images to latents, and captions to embeddings
                     latents, embeds = encode_batch(batch, *encoders)
                     # Sample noise and a timestep for each image
                     noise, u = sample_noise(batch["position"], latents.shape[1:], device, args.seed, "noise")
@@ -1030,13 +1007,11 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                     seed_generators(derive_seed(args.seed, "dropout", batch["position"][0]), device)
                     inputs = (prior, noise_scheduler, latents, embeds, noise, timesteps)
                     loss = diffusion_loss(*inputs, args.loss_weighting).mean()
-                    # Backpropagate
                     accelerator.backward(loss)
                 train_loss += loss.detach() / args.gradient_accumulation_steps
                 rows += batch["row"]
 
-            # Clip the gradients. The means over the ranks, all of which stop if one should, take one transfer
-            # from the device.
+            # Clip the gradients, and average over the ranks: all stop if one should
             grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
             values = [train_loss, grad_norm.to(train_loss), torch.full_like(train_loss, len(signals))]
             train_loss, grad_norm, stop = accelerator.reduce(torch.stack(values), "mean").tolist()
@@ -1046,7 +1021,9 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             optimizer.zero_grad()
             lr_scheduler.step()
             if ema_prior is not None:
-                update_ema(ema_prior, prior)
+                ema_prior.to(device)  # --offload_ema: the gradients, which are as large, have been freed
+                ema_prior.step(prior.parameters())
+                ema_prior.to("cpu" if args.offload_ema else device)
             global_step += 1
 
             # ---- Logging (rank 0)
@@ -1065,10 +1042,9 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             progress.set_postfix(metrics, refresh=False)
             progress.update()
 
-    # The result is on disk before anything is validated or uploaded. The last checkpoint is, as well, so from
-    # here on a signal ends the process, also one that came in the last step.
-    if signals:
+    if signals:  # in the last step, whose checkpoint is saved; from here on a signal ends the process
         sys.exit(128 + signals[0])
+    # The result is on disk before anything is validated or uploaded.
     if is_main_process:
         with ema_weights(unwrapped_prior, ema_prior):
             image_size = save_pipeline(args, unwrapped_prior, tokenizer, noise_scheduler)
@@ -1225,18 +1201,14 @@ def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]
                 if row is not None:  # a blank line
                     if None in row:
                         raise ValueError("it has more values than the header: quote captions with commas")
-                    yield find_image_file(os.path.dirname(file), row["file_name"]), row.get(caption_column)
+                    # Windows writes backslashes, and macOS another Unicode normalization.
+                    name, forms = row["file_name"], ("NFC", "NFD")
+                    names = [name, name.replace("\\", "/"), *(unicodedata.normalize(f, name) for f in forms)]
+                    paths = [os.path.normpath(os.path.join(os.path.dirname(file), name)) for name in names]
+                    yield next(filter(os.path.exists, paths), paths[0]), row.get(caption_column)
                 line += 1
     except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         raise ValueError(f"{file}, line {line}: {type(error).__name__}: {error}") from None
-
-
-def find_image_file(folder: str, name: str) -> str:
-    """The path of an image that a metadata file names, also as Windows (backslashes) or macOS (another
-    Unicode normalization) writes it."""
-    names = [name, name.replace("\\", "/"), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
-    paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
-    return next(filter(os.path.exists, paths), paths[0])
 
 
 def load_data_files(root: str, files: list[str], args: argparse.Namespace) -> datasets.Dataset:
@@ -1488,27 +1460,22 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
 
 
 def preprocess_row(row: dict, size: tuple[int, int], train: bool, args: argparse.Namespace) -> dict:
-    """A row as pixels and captions or, with --skip_bad_rows, the error that reading its image raised."""
-    pixels, failure = torch.zeros(3, *size, dtype=torch.uint8), ""
-    try:
-        pixels = make_image_transforms(size)(load_image(row[args.image_column]))
-    except ValueError as error:
-        if not args.skip_bad_rows:
-            raise
-        failure = str(error)
-    return {"effnet_pixel_values": pixels, "captions": list_captions(row, args), "failure": failure}
+    """A row as pixels, (3, height, width) uint8, and all its captions."""
+    pixels = make_image_transforms(size)(load_image(row[args.image_column]))
+    return {"effnet_pixel_values": pixels, "captions": list_captions(row, args)}
 
 
-def load_shard(file: Path, dataset: datasets.Dataset, args: argparse.Namespace) -> datasets.Dataset | None:
-    """Maps a file of the cache in the order of its rows, unless it is missing, truncated, or lacks a row that
-    can be read now."""
+def load_shard(file: Path, rows: np.ndarray, dataset: datasets.Dataset, args: argparse.Namespace):
+    """Maps a file of the cache in the order of its rows. None if it is missing, truncated, or has another row
+    in place of one that can be read now."""
     with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are ValueErrors
         encoded = datasets.Dataset.from_file(str(file))
-        for row, failure in zip(encoded["row"], encoded["failure"], strict=True):
+        encoded = encoded.select(np.argsort(encoded["position"]), keep_in_memory=True)
+        for row in rows[rows != encoded["row"]].tolist():
             with contextlib.suppress(ValueError):
-                if failure and load_image(dataset[row][args.image_column]):
-                    return None
-        return encoded.select(np.argsort(encoded["row"]), keep_in_memory=True)
+                load_image(dataset[row][args.image_column])
+                return None
+        return encoded
 
 
 def encode_shard(file: Path, batches: Iterable[dict], progress: tqdm, tokenizer, text_encoder, image_encoder):
@@ -1517,17 +1484,14 @@ def encode_shard(file: Path, batches: Iterable[dict], progress: tqdm, tokenizer,
     with ArrowWriter(path=str(partial)) as writer:
         for batch in batches:
             latents = embed_images(batch["effnet_pixel_values"], image_encoder).cpu()
-            texts = list(itertools.chain.from_iterable(batch["captions"]))
-            embeds = iter(embed_captions(tokenize_captions(texts, tokenizer), text_encoder).cpu())
-            rows = {
-                "row": batch["row"],
-                "latents": list(map(tensor_to_bytes, latents)),
-                "prompt_embeds": [
-                    [tensor_to_bytes(next(embeds)) for _ in texts] for texts in batch["captions"]
-                ],
-                "failure": batch["failure"],
-            }
-            writer.write_batch(rows)
+            captions = list(itertools.chain.from_iterable(batch["captions"]))
+            embeds = iter(embed_captions(tokenize_captions(captions, tokenizer), text_encoder).cpu())
+            columns = {name: batch[name] for name in ("position", "row")}
+            columns["latents"] = list(map(tensor_to_bytes, latents))
+            columns["prompt_embeds"] = [
+                [tensor_to_bytes(next(embeds)) for _ in texts] for texts in batch["captions"]
+            ]
+            writer.write_batch(columns)
             progress.update(len(latents))
         writer.finalize()
     partial.replace(file)
@@ -1554,14 +1518,14 @@ def cache_latents(
     def load_or_encode(start: int, timeout: float) -> datasets.Dataset:
         rows = np.arange(start, min(start + CACHE_SHARD_SIZE, len(dataset)))
         file = folder / f"{start:09d}.arrow"
-        encoded = load_shard(file, dataset, args)
+        encoded = load_shard(file, rows, dataset, args)
         if encoded is None:
             folder.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(f"{file}.lock", timeout=timeout):
-                if load_shard(file, dataset, args) is None:  # else another process has encoded it
+                if load_shard(file, rows, dataset, args) is None:  # else another process has encoded it
                     batches = group_by_size(rows.tolist(), sizes, CACHE_BATCH_SIZE)
-                    encode_shard(file, load(rows, batches), progress, *models)
-            encoded = load_shard(file, dataset, args)
+                    encode_shard(file, load(np.arange(len(dataset)), batches), progress, *models)
+            encoded = load_shard(file, rows, dataset, args)
         return encoded
 
     starts = range(0, len(dataset), CACHE_SHARD_SIZE)
@@ -1580,8 +1544,6 @@ def preprocess_cached(
 ) -> dict[str, torch.Tensor]:
     """As `preprocess_train`, for a row of `cache_latents`: latents (16, height / 32, width / 32) and
     prompt_embeds (77, width), of the shape and dtype of `empty_embeds`, the empty caption's."""
-    if row["failure"]:
-        raise ValueError(row["failure"])
     caption_dropout = args.caption_dropout if train else 0.0
     caption = choose_caption(row["prompt_embeds"], caption_dropout, tensor_to_bytes(empty_embeds))
     height, width = (math.ceil(side / STRIDE) for side in size)
@@ -1608,8 +1570,9 @@ def public_settings(args: argparse.Namespace) -> dict:
 def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace):
     """Locks the folder against a second run until `end_training` or the end of the process. All ranks must
     see the same folder."""
-    release_locks()
     file = args.output_dir / ".lock"
+    while LOCKS:  # of an earlier run in a notebook, which was interrupted
+        LOCKS.pop().release()
     with explain_errors(args, "output_dir"):
         if accelerator.is_main_process:
             try:
@@ -1619,12 +1582,6 @@ def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace):
         accelerator.wait_for_everyone()
         if not file.exists():
             raise ValueError("rank 0 has another folder of that name; share it between the nodes")
-
-
-def release_locks():
-    """Ends the lock of this run or, in a notebook, of an earlier one that was interrupted."""
-    while LOCKS:
-        LOCKS.pop().release()
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -1874,7 +1831,8 @@ def end_training(accelerator: Accelerator):
     accelerator.wait_for_everyone()
     with only_warn("Closing the trackers"):
         accelerator.end_training()
-    release_locks()
+    while LOCKS:
+        LOCKS.pop().release()
 
 
 @contextlib.contextmanager
@@ -2006,18 +1964,13 @@ def truncate_logs(output_dir: Path, state: dict):
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         partial.replace(output_dir / "loss.jsonl")
         for file in output_dir.glob("samples/step-*-prompt-*.png"):
-            if sample_step(file) > validated:
+            if int(file.name.split("-")[1]) > validated:
                 file.unlink()
 
 
 def sample_file(args: argparse.Namespace, global_step: int, name: str) -> Path:
     """The file of one of the `validation_images`."""
     return args.output_dir / "samples" / f"step-{global_step:07d}-{name}.png"
-
-
-def sample_step(file: Path) -> int:
-    """The step of a `sample_file`."""
-    return int(file.name.split("-")[1])
 
 
 def find_sample(args: argparse.Namespace, global_step: int, prompt: str, name: str) -> Path | None:
@@ -2080,7 +2033,7 @@ def save_contact_sheet(args: argparse.Namespace, side: int = 192):
     """Writes samples/contact-sheet.png: prompts of each size down, at most 12 steps across, the first and the
     last among them. For many prompts there are fewer steps: to read an image takes 50 ms."""
     rows, samples = validation_images(args), args.output_dir / "samples"
-    steps = sorted({sample_step(file) for file in samples.glob("step-*-prompt-*.png")})
+    steps = sorted({int(file.name.split("-")[1]) for file in samples.glob("step-*-prompt-*.png")})
     steps = sorted({*steps[:: math.ceil(len(steps) * max(len(rows) / 256, 1 / 12))], steps[-1]})
     font = ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", 12)
     cells = []
@@ -2275,7 +2228,7 @@ def log_summary(args: argparse.Namespace, global_step: int):
     losses = [f"{row['val_loss']:.4f} at step {row['step']}" for row in read_metrics(output_dir, "val_loss")]
     logger.info(
         f"Done after {global_step} steps\n"
-        f"  held-out loss, with --validation_split: {', '.join(dict.fromkeys(losses[:1] + losses[-1:]))}\n"
+        f"  held-out loss, with --validation_split: {', '.join(losses[:1] + losses[1:][-1:])}\n"
         f"  curve of the loss: {output_dir / 'loss.png'}\n"
         f"  images, with --validation_prompts: {output_dir / 'samples' / 'contact-sheet.png'}\n"
         f"  result, and how to generate images with it: {output_dir / 'README.md'}\n"

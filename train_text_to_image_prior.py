@@ -1069,7 +1069,6 @@ IMAGE_SUFFIXES = {*Image.registered_extensions(), ".avif", ".heic", ".heif", ".j
 # Data files and the builders of `datasets` for them. The first kind that is there is read: beside each tar
 # img2dataset writes a Parquet file without images.
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
-CAPTION_COLUMNS = ("text", "txt", "caption", "captions", "prompt")  # suggested for --caption_column
 csv.field_size_limit(2**31 - 1)
 
 
@@ -1166,17 +1165,15 @@ def read_image_folder(root: str, files: list[str], caption_column: str) -> list[
         logger.warning(
             f"{len(uncaptioned)} images without captions are not used: {printable(uncaptioned[0])}"
         )
-    return [store_row(*row) for row in rows if row[0] in used]
+    rows = [(path, as_text(caption)) for path, caption in rows if path in used]
+    return [(path.encode(errors="replace").decode(), captions) for path, captions in rows]
 
 
-def store_row(path: str, caption) -> tuple[str, list[str] | None]:
-    """A path and its caption or captions as Arrow can store them. `check_rows` names those that are None."""
+def as_text(caption) -> list[str] | None:
+    """A caption or captions as a list that Arrow can store, or None, which `check_rows` reports."""
     captions = [caption] if isinstance(caption, str) else caption
-    try:
-        is_text = isinstance(captions, list) and "".join(captions).encode()
-    except (TypeError, ValueError):  # not strings, or half an emoji
-        is_text = False
-    return path.encode(errors="replace").decode(), captions if is_text else None
+    with contextlib.suppress(TypeError, ValueError):  # not strings, or half an emoji
+        return captions if isinstance(captions, list) and "".join(captions).encode() else None
 
 
 def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]]:
@@ -1403,6 +1400,9 @@ def load_batches(
             generator=torch.Generator(),  # not the default one, which makes dropout's masks
         )
         iterator = iter(dataloader)
+    # PyTorch's handler would raise anywhere in the training that a worker has died; `next` does so, as well.
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:
             batch = next(iterator, None)
@@ -1427,10 +1427,9 @@ def load_batches(
             raise SystemExit(batch["error"])
         for message in itertools.chain.from_iterable(batch.pop("skipped")):
             logger.warning_once(f"Skipped {message}", main_process_only=False)
-        for name, value in batch.items():
-            if isinstance(value, tuple):
-                batch[name] = to_device(torch.from_numpy(value[1]).view(value[0]), device)
-        yield batch
+        arrays = {name: value for name, value in batch.items() if isinstance(value, tuple)}
+        tensors = {name: torch.from_numpy(array).view(dtype) for name, (dtype, array) in arrays.items()}
+        yield batch | {name: to_device(tensor, device) for name, tensor in tensors.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ cache
@@ -1754,9 +1753,7 @@ def delete(path: Path):
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 # Errors of code that was edited, which keep their traceback. Libraries raise others for a wrong setting.
 BUGS = (AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
-COLLECTIVE_TIMEOUT = timedelta(
-    hours=3
-)  # ranks wait so long for one that downloads, encodes, saves or uploads
+COLLECTIVE_TIMEOUT = timedelta(hours=3)  # for a rank that downloads, encodes, saves or uploads
 
 
 def setup_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -1873,10 +1870,6 @@ def prepare_worker(worker_id: int):
 def kill_workers():
     """Kills the data loaders' workers at exit. They ignore SIGTERM, with which multiprocessing ends its
     processes: it would wait for them forever after an error in the training loop."""
-    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGCHLD, signal.SIG_DFL
-        )  # PyTorch's handler would raise that a worker was killed
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -2169,10 +2162,7 @@ tags: [wuerstchen, text-to-image, diffusers, diffusers-training]
 
 # {args.hub_model_id}
 
-The Würstchen prior **{base_model or "of a local folder"}**, fine-tuned on **{dataset or "local images"}** for
-{global_step} steps of {plan["samples_per_step"]} samples, {epochs:.1f} epochs of {plan["num_rows"]} rows,
-in {duration} hours on {accelerator.num_processes} x {accelerator.device.type}.
-
+The Würstchen prior **{base_model or "of a local folder"}**, fine-tuned on **{dataset or "local images"}**.
 {"![" + ", ".join(prompts) + "](grid.png)" if images else ""}
 
 ## How to use it
@@ -2197,11 +2187,11 @@ image.save("image.png")
 The weights are float32. The prior alone, with its text encoder, is the pipeline in `prior_pipeline/`.
 
 ## How it was trained
-
+For {global_step} steps of {plan["samples_per_step"]} samples, {epochs:.1f} epochs of {plan["num_rows"]} rows,
+in {duration} hours on {accelerator.num_processes} x {accelerator.device.type}:
 ```bash
 {training_command(args)}
 ```
-
 ![training loss](loss.png)
 """
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")
@@ -2216,8 +2206,8 @@ def push_to_hub(args: argparse.Namespace, global_step: int):
         hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **settings)
     except Exception as error:
         raise SystemExit(
-            f"--push_to_hub: {printable(str(error))}; the result is complete in {args.output_dir}; to push it, "
-            "run the same command with --resume_from_checkpoint=latest"
+            f"--push_to_hub: {printable(str(error))}; the result is complete in {args.output_dir}; to push "
+            "it, run the same command with --resume_from_checkpoint=latest"
         ) from None
 
 

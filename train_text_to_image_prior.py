@@ -907,7 +907,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         args.hub_model_id = check_destinations(args)
     args.seed, args.hub_model_id = broadcast_object_list([args.seed, args.hub_model_id])
 
-    # The data: each row's image and captions, and the size to which the image is resized and cropped.
+    # The data: rows of images and captions, the size of each row's pixels, and the plan, with which a resumed
+    # run continues with the same samples.
     load_model(args, PRIOR_FLAG, CLIPTextConfig, "text_encoder")  # transformers 4 reports errors only of it
     tokenizer = load_model(args, PRIOR_FLAG, CLIPTokenizerFast, "tokenizer")
     dataset, captions, rows_hash = check_rows(load_train_dataset(args), args)
@@ -920,7 +921,6 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     samples_per_step = accelerator.num_processes * args.train_batch_size * args.gradient_accumulation_steps
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * num_rows / samples_per_step)
-    # With the same plan a resumed run continues with the same samples, on any number of processes.
     plan = {"seed": args.seed, "num_rows": num_rows, "rows_hash": rows_hash, "optimizer": args.optimizer}
     plan["samples_per_step"] = samples_per_step
     plan["buckets"] = args.aspect_ratio_buckets and [args.resolution, args.train_batch_size]
@@ -935,7 +935,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     decoder = load_decoder(args, encoders[0].dtype)  # without prompts only a check: the result needs it
     decoder = decoder if args.validation_prompts else None
     prompt_embeds = {p: embed_captions(tokenize_captions([p], tokenizer), encoders[0]) for p in prompts}
-    signals = []  # that should stop the run; `deferred_signals` adds them
+    stop, signals = False, []  # signals to stop, from `deferred_signals`
     load = functools.partial(load_batches, args, device, signals)
     preprocess = functools.partial(preprocess_train, args=args, tokenizer=tokenizer)
     if args.cache_latents:
@@ -967,11 +967,9 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         init_trackers(accelerator, args, state)  # they continue at the checkpoint's step
         truncate_logs(args.output_dir, state)
 
-    logger.info(f"***** Training from step {first_step} to {args.max_train_steps} *****")
-    logger.info(f"  {accelerator.num_processes} x {device.type}, seed {args.seed}")
-    logger.info(f"  {num_rows} rows, {samples_per_step} samples per step")
+    logger.info(f"Training from step {first_step} to {args.max_train_steps} with seed {args.seed}")
+    logger.info(f"{num_rows} rows, {samples_per_step} per step, {accelerator.num_processes} x {device.type}")
     prior.train()
-    stop = False
     progress = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=not is_main_process)
     with deferred_signals(signals), progress, logging_redirect_tqdm():
         # The first turn validates the untrained prior, the last one saves a checkpoint and takes no step.
@@ -1003,7 +1001,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                     # Sample noise and a timestep for each image
                     noise, u = sample_noise(batch["position"], latents.shape[1:], device, args.seed, "noise")
                     timesteps = sample_timesteps(u, args.timestep_sampling)
-                    # Add the noise, predict the noise residual and compute the loss
+                    # Add the noise, predict the noise residual and compute the loss (dropout is seeded)
                     seed_generators(derive_seed(args.seed, "dropout", batch["position"][0]), device)
                     inputs = (prior, noise_scheduler, latents, embeds, noise, timesteps)
                     loss = diffusion_loss(*inputs, args.loss_weighting).mean()
@@ -1016,7 +1014,6 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             values = [train_loss, grad_norm.to(train_loss), torch.full_like(train_loss, len(signals))]
             train_loss, grad_norm, stop = accelerator.reduce(torch.stack(values), "mean").tolist()
             check_finite(accelerator, train_loss, grad_norm, global_step + 1, rows)
-            # Update the weights, the learning rate and the average
             optimizer.step()
             optimizer.zero_grad()
             lr_scheduler.step()
@@ -1041,7 +1038,6 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                 delete(stale_checkpoints.pop())
             progress.set_postfix(metrics, refresh=False)
             progress.update()
-
     if signals:  # in the last step, whose checkpoint is saved; from here on a signal ends the process
         sys.exit(128 + signals[0])
     # The result is on disk before anything is validated or uploaded.
@@ -2161,12 +2157,10 @@ tags: [wuerstchen, text-to-image, diffusers, diffusers-training]
 ---
 
 # {args.hub_model_id}
-
 The Würstchen prior **{base_model or "of a local folder"}**, fine-tuned on **{dataset or "local images"}**.
 {"![" + ", ".join(prompts) + "](grid.png)" if images else ""}
 
 ## How to use it
-
 ```python
 import diffusers
 import torch
@@ -2183,7 +2177,6 @@ size, guidance_scale = {image_size}, {GUIDANCE_SCALE}
 image = pipeline(prompt, width=size, height=size, prior_guidance_scale=guidance_scale).images[0]
 image.save("image.png")
 ```
-
 The weights are float32. The prior alone, with its text encoder, is the pipeline in `prior_pipeline/`.
 
 ## How it was trained

@@ -1120,7 +1120,7 @@ def select_train_files(files: list[str], root: str) -> list[str]:
     splits = {}
     for file in files:
         pattern = r"(?:.*/)?%s(/|(-\d{5}-of-\d{5})?\.\w+$)" if suffix_of(file) in BUILDERS else "%s/"
-        match = re.match(pattern % "(train|validation|test)", Path(file).relative_to(root).as_posix())
+        match = re.match(pattern % "(train|validation|test)", Path(os.path.relpath(file, root)).as_posix())
         splits.setdefault(match and match[1], []).append(file)
     wanted = "train" if "train" in splits else None
     if files and wanted not in splits:
@@ -1151,12 +1151,12 @@ def read_image_folder(root: str, files: list[str], caption_column: str) -> list[
             text_file = text_files.get(os.path.splitext(image)[0])
             if text_file:
                 text = Path(text_file).read_text(encoding="utf-8-sig", errors="surrogateescape").strip()
-                rows.append((image, text.replace("\n", " ")))
+                rows.append((image, text.replace("\n", " ") or None))
             else:
                 uncaptioned.append(image)
     used = set(select_train_files([path for path, _ in rows], root))
     if rows:
-        logger.info(f"Found {len(used)} captioned images in {root}")
+        logger.info(f"Found {len(rows)} captioned images in {root}, {len(used)} in the split train")
     if rows and uncaptioned:
         logger.warning(
             f"{len(uncaptioned)} images without captions are not used: {printable(uncaptioned[0])}"
@@ -1169,7 +1169,8 @@ def as_text(caption) -> list[str] | None:
     """A caption or captions as a list that Arrow can store, or None, which `check_rows` reports."""
     captions = [caption] if isinstance(caption, str) else caption
     with contextlib.suppress(TypeError, ValueError):  # not strings, or half an emoji
-        return captions if isinstance(captions, list) and "".join(captions).encode() else None
+        "".join(captions).encode()
+        return captions if isinstance(captions, list) else None
 
 
 def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]]:
@@ -1178,7 +1179,7 @@ def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]
     Raises:
         ValueError: with the file and the line, if a row cannot be read.
     """
-    line = 1
+    line, columns = 1, {}
     try:
         with open(file, "rb") as source:
             if file.endswith(".parquet"):
@@ -1196,10 +1197,13 @@ def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]
                         raise ValueError("it has more values than the header: quote captions with commas")
                     # Windows writes backslashes, and macOS another Unicode normalization.
                     name, forms = row["file_name"], ("NFC", "NFD")
-                    names = [name, name.replace("\\", "/"), *(unicodedata.normalize(f, name) for f in forms)]
+                    names = [name, *(unicodedata.normalize(f, name.replace("\\", "/")) for f in forms)]
                     paths = [os.path.normpath(os.path.join(os.path.dirname(file), name)) for name in names]
                     yield next(filter(os.path.exists, paths), paths[0]), row.get(caption_column)
+                    columns.update(row)
                 line += 1
+            if columns and caption_column not in columns:
+                raise ValueError(f"there is no column {caption_column}, only {', '.join(columns)}")
     except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         raise ValueError(f"{file}, line {line}: {type(error).__name__}: {error}") from None
 
@@ -1212,10 +1216,11 @@ def load_data_files(root: str, files: list[str], args: argparse.Namespace) -> da
             "it has no captioned images, WebDataset (.tar), Parquet or Arrow files. Write captions to "
             'metadata.jsonl, a line {"file_name": "cat.jpg", "text": "a cat"} for each image, or to cat.txt'
         )
-    files = select_train_files([file for file in files if suffix_of(file) == suffix], root)
+    found = [file for file in files if suffix_of(file) == suffix]
+    files = select_train_files(found, root)
     if any("::" in file for file in files):
         raise ValueError("`datasets` takes names with '::' for URLs: rename them")
-    logger.info(f"Found {len(files)} {suffix} files in {root}")
+    logger.info(f"Found {len(found)} {suffix} files in {root}, {len(files)} in the split train")
     # Each file is given, escaped: `datasets` takes words in names for splits and [brackets] for patterns.
     data_files = {"train": [glob.escape(file) for file in files]}
     load = functools.partial(datasets.load_dataset, BUILDERS[suffix], data_files=data_files, split="train")
@@ -1884,7 +1889,8 @@ def explain_errors(args: argparse.Namespace, flag: str) -> Iterator[None]:
         reason = str(error).strip() if type(error) is ValueError else f"{type(error).__name__}: {error}"
         if "LocalEntryNotFoundError" in trace:
             reason = "it is not a local folder, not in the cache, and the Hub cannot be reached"
-        for file in Path(value).rglob("*") if flag.endswith("_path") and os.path.exists(value) else []:
+        # Models, and data files of a clone
+        for file in Path(str(value)).rglob("*" if flag.endswith("_path") else "*.[pt]ar*"):
             if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(LFS_POINTER):
                 reason = f"{file} is a Git LFS pointer: run `git lfs pull`"
         raise SystemExit(f"--{flag}={value}: {printable(reason)}") from None

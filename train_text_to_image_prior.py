@@ -984,7 +984,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                 state["global_step"] = global_step
                 saved = save_checkpoint(accelerator, args, state, unwrapped_prior, ema_prior, optimizer)
             if stop:
-                logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
+                if saved:
+                    logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
                 end_training(accelerator)
                 sys.exit(128 + max(signals, default=signal.SIGTERM) if saved else 74)  # EX_IOERR
             if is_last:
@@ -1397,6 +1398,7 @@ def load_batches(
             collate_fn=collate_fn,
             num_workers=num_workers,
             worker_init_fn=prepare_worker,
+            pin_memory=device.type == "cuda",  # a thread reads the pipe; `to_device` pins
             timeout=BATCH_TIMEOUT if num_workers else 0,
             generator=torch.Generator(),  # not the default one, which makes dropout's masks
         )
@@ -1428,7 +1430,7 @@ def load_batches(
             raise SystemExit(batch["error"])
         for message in itertools.chain.from_iterable(batch.pop("skipped")):
             logger.warning_once(f"Skipped {message}", main_process_only=False)
-        arrays = {name: value for name, value in batch.items() if isinstance(value, tuple)}
+        arrays = {name: value for name, value in batch.items() if isinstance(value[0], torch.dtype)}
         tensors = {name: torch.from_numpy(array).view(dtype) for name, (dtype, array) in arrays.items()}
         yield batch | {name: to_device(tensor, device) for name, tensor in tensors.items()}
 
@@ -1706,7 +1708,8 @@ def save_checkpoint(
             sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
             (partial / STATE_FILE).write_text(json.dumps(state | {"files": sizes}, indent=2))
             flush_to_disk(partial)
-            delete(checkpoint)  # an incomplete one
+            with contextlib.suppress(FileNotFoundError):  # an incomplete one, or a folder of the user's
+                checkpoint.rename(f"{checkpoint}.{time.time_ns()}")
             partial.rename(checkpoint)
             flush_to_disk(args.output_dir, [])
             saved = True
@@ -2029,15 +2032,16 @@ def save_contact_sheet(args: argparse.Namespace, side: int = 192):
     last among them. For many prompts there are fewer steps: to read an image takes 50 ms."""
     rows, samples = validation_images(args), args.output_dir / "samples"
     steps = sorted({int(file.name.split("-")[1]) for file in samples.glob("step-*-prompt-*.png")})
-    steps = sorted({*steps[:: math.ceil(len(steps) * max(len(rows) / 256, 1 / 12))], steps[-1]})
-    font = ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", 12)
+    shown = np.linspace(0, len(steps) - 1, min(len(steps), 12, max(2, 256 // len(rows))))
+    steps = [steps[index] for index in shown.round().astype(int)]
+    font = ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSansMono.ttf", 12)
     cells = []
     for (prompt, name, _), step in itertools.product(rows, steps):
-        cell, file = Image.new("RGB", (side, side + 36), "white"), find_sample(args, step, prompt, name)
-        label = textwrap.shorten(prompt, 28, placeholder=" ...")
-        ImageDraw.Draw(cell).text((4, 4), f"{label}\nstep {step}", "black", font)
+        cell, file = Image.new("RGB", (side, side + 64), "white"), find_sample(args, step, prompt, name)
+        label = textwrap.fill(prompt, 26, max_lines=3, placeholder=" ...")
+        ImageDraw.Draw(cell).text((4, 4), f"step {step}\n{label}", "black", font)
         if file:
-            cell.paste(ImageOps.pad(Image.open(file), (side, side), color="white"), (0, 36))
+            cell.paste(ImageOps.pad(Image.open(file), (side - 8, side - 8), color="white"), (4, 68))
         cells.append(cell)
     make_image_grid(cells, rows=len(rows), cols=len(steps)).save(samples / "contact-sheet.png")
 
@@ -2053,8 +2057,8 @@ def save_loss_curve(output_dir: Path):
             width = len(points) // 50 + 1
             if len(points):  # without overflows of fp16
                 means = np.convolve(points[:, 1], np.ones(width) / width, "valid")
-                axes.plot(*points.T, ".-", color=color, alpha=0.3)
-                axes.plot(points[width - 1 :, 0], means, ".-", color=color, label=f"{name}, mean of {width}")
+                axes.plot(*points.T, color=color, alpha=0.3)
+                axes.plot(points[width - 1 :, 0], means, ".-", color=color, ms=3, label=f"{name}, mean of {width}")
         axes.set(xlabel="step", ylabel="loss")
         axes.legend()
         figure.savefig(output_dir / "loss.png")
@@ -2064,7 +2068,6 @@ def save_loss_curve(output_dir: Path):
 # Saves the result, describes it in a model card, and uploads it.
 RESULT_FOLDERS = ["prior_prior", "prior_text_encoder", "prior_tokenizer", "prior_scheduler", "prior_pipeline"]
 RESULT_FOLDERS += ["decoder", "vqgan", "text_encoder", "tokenizer", "scheduler"]
-PUSH_RETRY_DELAYS = (10, 30, 60, 300, 900)  # seconds between attempts to upload during a Hub outage
 
 
 def check_destinations(args: argparse.Namespace) -> str:
@@ -2103,7 +2106,6 @@ def move_into_place(partial: Path, output_dir: Path):
             (output_dir / path.name).rename(old / path.name)
         path.rename(output_dir / path.name)
     with only_warn(f"Deleting {old}"):
-        delete(partial)
         for path in output_dir.glob(".result.*"):
             delete(path)
 
@@ -2112,11 +2114,12 @@ def save_pipeline(args: argparse.Namespace, prior, tokenizer, noise_scheduler) -
     """Writes `prior_pipeline/` and then the whole pipeline at the root, all in float32. Each is complete in a
     temporary folder before it replaces an older result. Returns the side in pixels of the images."""
     output_dir, partial = args.output_dir, args.output_dir / ".result.partial"
-    delete(partial)
     # The text encoder in use may be in half precision.
     text_encoder = load_model(args, PRIOR_FLAG, CLIPTextModel, "text_encoder", dtype=torch.float32)
     decoder = load_decoder(args, torch.float32)
-    with explain_errors(args, "output_dir"):
+    with explain_errors(args, "output_dir"), contextlib.ExitStack() as stack:
+        delete(partial)
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)  # on a full disk
         pipeline = wuerstchen.WuerstchenPriorPipeline(tokenizer, text_encoder, prior, noise_scheduler)
         save_components(pipeline, partial / "prior_pipeline")
         move_into_place(partial, output_dir)

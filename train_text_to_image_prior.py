@@ -254,7 +254,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in vars(args).items():
         if value == "" and name != "report_to":
             parser.error(f"--{name} is empty; is it set from a variable that does not exist?")
-        if value and name.endswith(("_dir", "_path", "dataset_name", "checkpoint")):
+        if isinstance(value, str) and name.endswith(("_dir", "_path", "dataset_name", "checkpoint")):
             setattr(args, name, os.path.expanduser(value))
     args.report_to = args.report_to.replace(" ", "") or "none"
     trackers = [*map(str, get_available_trackers()), "all", "none"]

@@ -401,7 +401,8 @@ def load_image(value: dict) -> Image.Image:
             raise
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         name = printable(value["path"] or "no file name")
-        raise ValueError(f"the image ({name}) cannot be read: {kind}{printable(str(error))}") from error
+        reason = re.sub(" <_io.*", "", str(error))  # its address would make each report another one
+        raise ValueError(f"the image ({name}) cannot be read: {kind}{printable(reason)}") from error
 
 
 def make_augmentations(args: argparse.Namespace, size: tuple[int, int]) -> list[Callable]:

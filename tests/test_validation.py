@@ -1,37 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation: the held-out loss, the images of the prompts, and when both are made. The held-out loss is
-compared with its definition, written out here; images are compared with those of other runs."""
+compared with its definition, written out here, and images with those of the pipelines of diffusers."""
 
 import itertools
 import json
 import math
 import os
-import shutil
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+import re
+from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import PartialState
-from conftest import equal_images, read_curve, read_samples, same_weights, tiny_args
+from conftest import distance, equal_images, same_weights, script
 from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
-from safetensors.torch import load_file
+from PIL import Image, ImageOps
 from tiny_models import read_images
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
-import train_text_to_image_prior as script
 from modeling_efficient_net_encoder import EfficientNetEncoder
 
+wuerstchen = script.wuerstchen
 PROMPTS = ["a red apple", "an owl at night 🦉", "雪の結晶"]
 NUM_ROWS, HELD_OUT = 14, 6
 # An epoch is two steps of eight samples. Held-out rows come in batches of four and of two.
 RUN = {
     "train_batch_size": 4,
     "max_train_steps": 7,
-    "checkpointing_steps": 3,
+    "checkpointing_steps": 2,
     "learning_rate": 3e-4,
     "random_flip": True,
     "caption_dropout": 0.5,
@@ -39,7 +37,7 @@ RUN = {
     "validation_steps": 2,
     "validation_split": HELD_OUT,
 }
-WITH_EMA = RUN | {"use_ema": True, "loss_weighting": "p2", "report_to": "tensorboard,wandb"}
+WITH_EMA = RUN | {"use_ema": True, "loss_weighting": "p2", "report_to": "tensorboard,wandb", "record": True}
 VALIDATED = [0, 2, 4, 6, 7]
 RANKS = RUN | {
     "train_batch_size": 2,
@@ -49,20 +47,19 @@ RANKS = RUN | {
     "report_to": "none",
 }
 BANDS = [f"val_loss_t{start}" for start in (0.0, 0.25, 0.5, 0.75)]
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+MEAN, STD = (torch.tensor(n).view(3, 1, 1) for n in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 # ------------------------------------------------------------------------------- runs, and what they record
 
 
 @pytest.fixture(scope="module")
-def small(pictures, tmp_path_factory):
+def small(images, tmp_path_factory):
     """A folder of 14 of the images at 64 pixels, so that nothing is left to resize or to crop."""
     folder = tmp_path_factory.mktemp("small")
-    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()[:NUM_ROWS]]
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()[:NUM_ROWS]]
     for number, row in enumerate(rows):
-        image = Image.open(pictures / row["file_name"]).convert("RGB").resize((64, 64))
+        image = Image.open(images / row["file_name"]).convert("RGB").resize((64, 64))
         row["file_name"] = f"{number:02d}.png"
         image.save(folder / row["file_name"])
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -70,59 +67,36 @@ def small(pictures, tmp_path_factory):
 
 
 def record_validation():
-    """In the forked child, before `main`: records what is trained on and what validation computes, and saves
-    it in the output folder after each validation."""
-    record = {"trained": [], "held_out": [], "weights": {}, "num_decoder_loads": 0, "num_images": 0}
-    pixels, decoder = [], script.wuerstchen.WuerstchenDecoderPipeline
-    encode, predict = EfficientNetEncoder.forward, script.wuerstchen.WuerstchenPrior.forward
-    load, decode = script.load_decoder, decoder.__call__
-    generate_images, log_validation = script.Validator.generate_images, script.Validator.log_validation
+    """In the forked child, before `main`: records what is computed for held-out rows and how many images a
+    rank generates, and saves it in the output folder after each validation."""
+    record, pixels = {"held_out": [], "num_images": 0}, []
+    encode, predict = EfficientNetEncoder.forward, wuerstchen.WuerstchenPrior.forward
+    decode, log_validation = wuerstchen.WuerstchenDecoderPipeline.__call__, script.log_validation
 
     def record_pixels(self, batch):
-        pixels[:] = [to_bytes(batch)]
+        pixels[:] = [(batch * STD + MEAN).mul(255).round().byte()]
         return encode(self, batch)
 
     def record_inputs(self, x, r, c):
-        if pixels and self.training:
-            record["trained"] += [sample.numpy().tobytes() for sample in pixels.pop()]
-        elif pixels:  # the pipeline that generates images calls the prior without
+        if pixels and not self.training:  # the pipeline that generates images calls the prior without
             record["held_out"].append([tensor.clone() for tensor in (pixels.pop(), x, r, c)])
         return predict(self, x, r, c)
 
-    def record_load(*args, **kwargs):
-        record["num_decoder_loads"] += 1
-        return load(*args, **kwargs)
-
-    def record_image(*args, **kwargs):
+    def count_image(*args, **kwargs):
         record["num_images"] += 1
         return decode(*args, **kwargs)
 
-    def record_weights(self, global_step):
-        weights = self.prior.state_dict().items()
-        record["weights"][global_step] = {name: tensor.clone() for name, tensor in weights}
-        return generate_images(self, global_step)
+    def save_record(accelerator, args, *others):
+        pixels.clear()
+        log_validation(accelerator, args, *others)
+        torch.save(record, args.output_dir / f"validation-record-{accelerator.process_index}.pt")
 
-    def save_record(self, global_step):
-        log_validation(self, global_step)
-        torch.save(record, record_file(self.args.output_dir, self.accelerator.process_index))
-
-    EfficientNetEncoder.forward, script.wuerstchen.WuerstchenPrior.forward = record_pixels, record_inputs
-    script.load_decoder, decoder.__call__ = record_load, record_image
-    script.Validator.generate_images = record_weights
-    script.Validator.log_validation = save_record
-
-
-def to_bytes(pixels):
-    """The inverse of the script's normalize_pixels."""
-    return (pixels * IMAGENET_STD + IMAGENET_MEAN).mul(255).round().byte()
-
-
-def record_file(folder, rank):
-    return Path(folder, f"validation-record-{rank}.pt")
+    EfficientNetEncoder.forward, wuerstchen.WuerstchenPrior.forward = record_pixels, record_inputs
+    wuerstchen.WuerstchenDecoderPipeline.__call__, script.log_validation = count_image, save_record
 
 
 def read_record(run, rank=0):
-    return torch.load(record_file(run.folder, rank))
+    return torch.load(run.folder / f"validation-record-{rank}.pt")
 
 
 @pytest.fixture
@@ -140,18 +114,9 @@ def ranks(train_ranks, small):
     return runs
 
 
-@pytest.fixture
-def ranks_with_one_prompt(train_ranks, small):
-    flags = RANKS | {"validation_prompts": PROMPTS[2]}
-    runs = train_ranks(patch=split_like_old_accelerate, train_data_dir=small, **flags)
-    assert [run.returncode for run in runs] == [0, 0], runs
-    return runs
-
-
 def record_with_one_failure():
-    """Records, and raises out of memory in the second rank's second validation."""
     record_validation()
-    decoder, calls = script.wuerstchen.WuerstchenDecoderPipeline, itertools.count(1)
+    decoder, calls = wuerstchen.WuerstchenDecoderPipeline, itertools.count(1)
     decode = decoder.__call__
 
     def fail_once(*args, **kwargs):
@@ -162,16 +127,20 @@ def record_with_one_failure():
     decoder.__call__ = fail_once
 
 
-def split_like_old_accelerate():
-    """Accelerate up to 1.13 repeats the last input for ranks for which there is none."""
-    split = PartialState.split_between_processes
-
-    @contextmanager
-    def split_between_processes(self, inputs, apply_padding=False):
-        with split(self, inputs, apply_padding) as own_inputs:
-            yield own_inputs or inputs[-1:]
-
-    PartialState.split_between_processes = split_between_processes
+def generate(models, prior_folder, prompts, width=128, height=128):
+    """The images of a prior's weights, by the pipelines of diffusers alone."""
+    prior = wuerstchen.WuerstchenPrior.from_pretrained(prior_folder)
+    prior_pipeline = wuerstchen.WuerstchenPriorPipeline.from_pretrained(models / "prior", prior=prior)
+    decoder_pipeline = wuerstchen.WuerstchenDecoderPipeline.from_pretrained(models / "decoder")
+    size, images = {"width": width, "height": height}, []
+    for prompt in prompts:
+        settings = {"generator": torch.Generator().manual_seed(0)}
+        prior_settings = {"timesteps": wuerstchen.DEFAULT_STAGE_C_TIMESTEPS, "guidance_scale": 4.0}
+        latents = prior_pipeline(prompt, **size, **prior_settings, **settings).image_embeddings
+        images += decoder_pipeline(
+            latents, prompt, guidance_scale=0.0, num_inference_steps=12, **settings
+        ).images
+    return [np.asarray(image).astype(int) for image in images]
 
 
 # ------------------------------------------------------------------------------------------ the held-out loss
@@ -185,15 +154,14 @@ def held_out_rows():
 
 @pytest.fixture(scope="module")
 def compute_by_formula(models, small, held_out_rows):
-    """compute_by_formula(folder, weighting): the held-out loss of a prior by its definition, {name:
-    number}."""
+    """compute_by_formula(folder, weighting): a prior's held-out loss by its definition, {name: number}."""
     prior = models / "prior"
     text_encoder = CLIPTextModel.from_pretrained(prior / "text_encoder", attn_implementation="eager").eval()
     tokenizer = CLIPTokenizerFast.from_pretrained(prior / "tokenizer")
     image_encoder = EfficientNetEncoder.from_pretrained(models / "encoder").eval()
     metadata = [json.loads(line) for line in (small / "metadata.jsonl").read_text().splitlines()]
     files = [np.asarray(Image.open(small / metadata[row]["file_name"])) for row in held_out_rows]
-    pixels = (torch.tensor(np.stack(files)).permute(0, 3, 1, 2) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    pixels = (torch.tensor(np.stack(files)).permute(0, 3, 1, 2) / 255 - MEAN) / STD
     texts = [metadata[row]["text"] for row in held_out_rows]
     tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     with torch.no_grad():
@@ -208,7 +176,7 @@ def compute_by_formula(models, small, held_out_rows):
     noisy = (signal_share.sqrt() * image_embeds + (1 - signal_share).sqrt() * noise).float()
 
     def compute(folder, weighting):
-        prior = script.wuerstchen.WuerstchenPrior.from_pretrained(folder).eval()
+        prior = wuerstchen.WuerstchenPrior.from_pretrained(folder).eval()
         prior.set_attn_processor(AttnProcessor())  # softmax(QK) V written out
         with torch.no_grad():
             losses = ((prior(noisy, t.float(), embeds) - noise) ** 2).mean(dim=(1, 2, 3)).double()
@@ -228,353 +196,218 @@ def test_the_held_out_loss_is_that_of_the_averaged_weights_by_the_formula(
 ):
     """With the training's weighting, without its dropout, flips and empty captions."""
     folder = run_with_ema.folder
-    assert list(read_curve(folder, "val_loss")) == VALIDATED
+    curves = {name: run_with_ema.losses(name) for name in ("val_loss", *BANDS)}
+    assert all(list(curve) == VALIDATED for curve in curves.values())
     for step, weights in {
         0: models / "prior" / "prior",
         6: folder / "checkpoint-6" / "prior_ema",
         7: folder / "prior_pipeline" / "prior",
     }.items():
         for name, number in compute_by_formula(weights, "p2").items():
-            assert read_curve(folder, name)[step] == pytest.approx(number, rel=1e-5), (step, name)
+            assert curves[name][step] == pytest.approx(number, rel=1e-5), (step, name)
     last, average = (
         compute_by_formula(folder / "checkpoint-6" / name, "p2") for name in ("prior", "prior_ema")
     )
     assert last["val_loss"] != pytest.approx(average["val_loss"], rel=1e-3), "this can tell the two apart"
 
 
-def test_the_mean_of_the_bands_weighted_by_their_rows_is_the_held_out_loss(run_with_ema):
-    curves = {name: read_curve(run_with_ema.folder, name) for name in ("val_loss", *BANDS)}
-    assert all(list(curve) == VALIDATED for curve in curves.values())
-    for step in VALIDATED:
-        bands = [curves[name][step] for name in BANDS]
-        mean = sum(num_rows * band for num_rows, band in zip((1, 2, 1, 2), bands, strict=True)) / 6
-        assert curves["val_loss"][step] == pytest.approx(mean, rel=1e-5)
-
-
 def test_two_ranks_share_the_held_out_rows_and_get_the_loss_of_one(ranks, compute_by_formula, models):
     """Here a fraction of the rows is held out; 0.4 of 14 are 6."""
-    folder = ranks[0].folder
-    losses = read_curve(folder, "val_loss")
-    assert list(losses) == [0, 2, 4]
-    for step, weights in {
-        0: models / "prior" / "prior",
-        2: folder / "checkpoint-2" / "prior",
-        4: folder / "checkpoint-4" / "prior",
-    }.items():
-        expected = compute_by_formula(weights, "none")["val_loss"]
-        assert losses[step] == pytest.approx(expected, rel=1e-5), step
-    batches = [read_record(run, rank)["held_out"] for rank, run in enumerate(ranks)]
-    assert [[len(pixels) for pixels, *_ in rank[:2]] for rank in batches] == [[2, 2], [2, 2]]
-    assert [len(rank) for rank in batches] == [6, 3], "batches, in three validations"
+    losses = {name: ranks[0].losses(name) for name in ("val_loss", *BANDS)}
+    folders = [ranks[0].folder / f"checkpoint-{step}" for step in (2, 4)]
+    for step, folder in zip((0, 2, 4), (models / "prior", *folders), strict=True):
+        for name, number in compute_by_formula(folder / "prior", "none").items():
+            assert list(losses[name]) == [0, 2, 4]
+            assert losses[name][step] == pytest.approx(number, rel=1e-5), (step, name)
+    batches = [[len(pixels) for pixels, *_ in read_record(ranks[0], rank)["held_out"]] for rank in (0, 1)]
+    assert batches == [[2] * 6, [2] * 3], "in three validations"
 
 
-def test_the_held_out_loss_is_the_same_with_cached_latents(
-    train, compute_by_formula, models, small, tmp_path
-):
-    flags = {"validation_prompts": None, "max_train_steps": 1, "random_flip": False, "cache_dir": tmp_path}
-    run = train(train_data_dir=small, cache_latents=True, **RUN | flags)
-    assert run.returncode == 0, run
-    expected = compute_by_formula(models / "prior" / "prior", "none")
-    assert read_curve(run.folder, "val_loss")[0] == pytest.approx(expected["val_loss"], rel=1e-5)
+def test_held_out_rows_are_the_same_each_time_and_never_trained_on(run_with_ema, small, held_out_rows):
+    """So are their captions, noise and timesteps. All other rows are trained on."""
+    pixels = read_images(small, 64)
+    row_of = {(image * STD + MEAN).mul(255).round().byte(): row for row, image in enumerate(pixels)}
+    row_of |= {image.flip(-1): row for image, row in row_of.items()}  # --random_flip
+    row_of = {image.numpy().tobytes(): row for image, row in row_of.items()}
+    trained = (run_with_ema.all("pixels") * STD + MEAN).mul(255).round().byte()
+    trained = [row_of[image.numpy().tobytes()] for image in trained]
+    assert len(trained) == 7 * 4 and set(trained) == set(range(NUM_ROWS)) - set(held_out_rows)
+    assert run_with_ema.losses("epoch") == {step: step / 2 for step in range(1, 8)}, "of eight rows"
 
-
-def test_held_out_rows_are_never_trained_on_and_all_others_are(run_with_ema, small, held_out_rows):
-    images, record = to_bytes(read_images(small, 64)), read_record(run_with_ema)
-    row_of = {image.numpy().tobytes(): row for row, image in enumerate(images)}
-    row_of |= {image.flip(-1).numpy().tobytes(): row for row, image in enumerate(images)}  # --random_flip
-    trained = [row_of[sample] for sample in record["trained"]]
-    held_out = [
-        row_of[sample.numpy().tobytes()] for pixels, *_ in record["held_out"][:2] for sample in pixels
-    ]
-    assert len(trained) == 7 * 4
-    assert sorted(held_out) == sorted(held_out_rows)
-    assert set(trained) == set(range(NUM_ROWS)) - set(held_out_rows)
-    assert ": 8 rows, " in run_with_ema.output
-    epochs = {step: step / 2 for step in range(1, 8)}
-    assert read_curve(run_with_ema.folder, "epoch") == epochs, "of eight rows"
-
-
-def test_every_validation_uses_the_same_rows_captions_noise_and_timesteps(run_with_ema):
     batches = read_record(run_with_ema)["held_out"]
+    held_out = [row_of[image.numpy().tobytes()] for images, *_ in batches[:2] for image in images]
+    assert sorted(held_out) == sorted(held_out_rows)
     assert len(batches) == 2 * len(VALIDATED)
     for number, batch in enumerate(batches):
-        first = batches[number % 2]
-        assert all(torch.equal(left, right) for left, right in zip(batch, first, strict=True))
+        assert all(torch.equal(*tensors) for tensors in zip(batch, batches[number % 2], strict=True))
 
 
 def test_neither_validation_nor_trackers_change_a_bit_of_the_training(run_with_ema, train, small):
     """The same rows are held out; no images, other intervals and no trackers."""
     flags = {"validation_prompts": None, "validation_steps": None, "validation_epochs": 50}
-    other = train(train_data_dir=small, **WITH_EMA | flags | {"report_to": "none"})
+    other = train(train_data_dir=small, **WITH_EMA | flags | {"report_to": "none", "record": False})
     assert other.returncode == 0, other
-    steps = list(read_curve(other.folder, "val_loss"))
-    assert steps == [0, 2, 7], "before the first step, after the first epoch and at the end"
-    assert not (other.folder / "samples").exists()
-    for name in (
-        "checkpoint-3/prior",
-        "checkpoint-6/prior",
-        "checkpoint-6/prior_ema",
-        "prior_pipeline/prior",
-    ):
-        left, right = (
-            load_file(run.folder / name / "diffusion_pytorch_model.safetensors")
-            for run in (other, run_with_ema)
-        )
-        assert same_weights(left, right), name
+    # Before the first step, after the first epoch and at the end.
+    assert list(other.losses("val_loss")) == [0, 2, 7] and not (other.folder / "samples").exists()
+    for place in ((2, "prior"), (6, "prior"), (6, "prior_ema"), ()):
+        assert same_weights(other.prior(*place), run_with_ema.prior(*place)), place
     for column in ("train_loss", "grad_norm", "lr", "epoch"):
-        assert read_curve(other.folder, column) == read_curve(run_with_ema.folder, column)
+        assert other.losses(column) == run_with_ema.losses(column)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "half"])
-def test_a_validation_split_that_is_not_a_positive_number_is_refused(models, small, tmp_path, capsys, value):
-    with pytest.raises(SystemExit) as end:
-        script.parse_args(tiny_args(models, small, tmp_path / "out", validation_split=value))
-    assert end.value.code != 0
-    assert "--validation_split" in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("value", [str(NUM_ROWS), "0.99", "1.5"])
-def test_a_validation_split_of_all_rows_or_of_a_fraction_of_a_row_is_refused(train, small, value):
-    run = train(train_data_dir=small, **RUN | {"validation_split": value})
-    assert run.returncode != 0
-    assert "--validation_split" in run.output.splitlines()[-1], run
-    assert "Traceback" not in run.output
+@pytest.mark.parametrize("value", [NUM_ROWS, 0.99, 1.5])
+def test_a_validation_split_of_all_rows_or_of_a_fraction_of_a_row_is_refused(value):
+    with pytest.raises(SystemExit, match=rf"--validation_split={value}: there are {NUM_ROWS} rows"):
+        script.split_held_out(NUM_ROWS, value, seed=0)
 
 
 # ---------------------------------------------------------------------------------- the images of the prompts
 
 
-def test_images_are_generated_before_training_every_so_many_steps_and_at_the_end(run_with_ema):
-    images = read_samples(run_with_ema.folder)
+def test_images_are_those_of_the_averaged_weights_from_the_same_noise(run_with_ema, models):
+    images = {key: image.astype(int) for key, image in run_with_ema.samples().items()}
     assert list(images) == [(step, prompt) for step in VALIDATED for prompt in range(3)]
     assert len({image.tobytes() for image in images.values()}) == len(images)
-    before = {key: image.astype(int) for key, image in images.items() if key[0] == 0}
-    for prompt in range(3):
-        others = [
-            np.abs(before[0, prompt] - before[0, other]).mean() for other in range(3) if other != prompt
-        ]
-        later = np.abs(before[0, prompt] - images[2, prompt]).mean()
-        assert later < min(others), "the same noise: two steps change an image less than another prompt does"
+    folders = {0: models / "prior", 6: run_with_ema.folder / "checkpoint-6"}
+    for step, name in ((0, "prior"), (6, "prior_ema")):
+        right = generate(models, folders[step] / name, PROMPTS)
+        wrong = generate(models, run_with_ema.folder / "checkpoint-6" / "prior", PROMPTS)
+        for prompt in range(3):
+            # Another attention kernel: with some versions a few values are rounded differently.
+            difference = np.abs(images[step, prompt] - right[prompt])
+            assert difference.max() <= 1
+            others = np.count_nonzero(images[step, prompt] != wrong[prompt])
+            assert 20 * np.count_nonzero(difference) < others
 
 
-def test_images_are_generated_with_the_averaged_weights(run_with_ema, models):
-    weights = read_record(run_with_ema)["weights"]
-    assert list(weights) == VALIDATED
-    for step, folder in {
-        0: models / "prior" / "prior",
-        6: run_with_ema.folder / "checkpoint-6" / "prior_ema",
-        7: run_with_ema.folder / "prior_pipeline" / "prior",
-    }.items():
-        expected = load_file(folder / "diffusion_pytorch_model.safetensors")
-        assert same_weights(weights[step], expected), step
-    assert not same_weights(weights[6], run_with_ema.prior(6)), "this can tell the two apart"
+def test_training_has_dropout_also_after_a_validation(run_with_ema, models):
+    places = {0: models / "prior" / "prior"}  # the weights of the steps after a validation
+    places |= {step: run_with_ema.folder / f"checkpoint-{step}" / "prior" for step in (2, 4, 6)}
+    for step, folder in places.items():
+        prior, inputs = wuerstchen.WuerstchenPrior.from_pretrained(folder), run_with_ema.record["steps"][step]
+        with torch.no_grad():
+            without = prior.eval()(inputs["noisy"], inputs["given"], inputs["prompt_embeds"])
+        assert distance({"": inputs["pred"]}, {"": without}) > 1e-3
 
 
-def test_ranks_share_the_prompts_and_generate_what_one_rank_does(ranks, run_with_ema):
-    images = read_samples(ranks[0].folder)
+def test_ranks_share_the_prompts_and_no_memory_for_an_image_is_a_warning(
+    ranks, train_ranks, run_with_ema, small
+):
+    """On one rank of two: training continues, ends in the same bits, and the next images are generated. One
+    prompt is enough for two ranks."""
+    images, alone = ranks[0].samples(), run_with_ema.samples()
     assert list(images) == [(step, prompt) for step in (0, 4) for prompt in range(3)]
-    first = {key: image for key, image in read_samples(run_with_ema.folder).items() if key[0] == 0}
-    assert equal_images({key: image for key, image in images.items() if key[0] == 0}, first)
-    counts = [read_record(run, rank)["num_images"] for rank, run in enumerate(ranks)]
+    assert equal_images(*({key: i for key, i in found.items() if not key[0]} for found in (images, alone)))
+    counts = [read_record(ranks[0], rank)["num_images"] for rank in (0, 1)]
     assert counts == [6, 2], "in three validations, one of which failed"
-
-
-def test_one_prompt_is_enough_for_two_ranks(ranks_with_one_prompt, run_with_ema):
-    images = read_samples(ranks_with_one_prompt[0].folder)
-    assert list(images) == [(0, 0), (2, 0), (4, 0)]
-    assert np.array_equal(images[0, 0], read_samples(run_with_ema.folder)[0, 2])
-
-
-def test_no_memory_for_an_image_is_a_warning_with_advice(ranks, ranks_with_one_prompt):
-    """On one rank of two; training continues, ends in the same bits, and the next images are generated."""
-    (warning,) = [line for line in ranks[0].output.splitlines() if "No validation images at step 2" in line]
-    assert "WARNING" in warning
-    assert "out of memory" in warning
-    assert "--train_batch_size" in warning
+    warnings = [re.findall("WARNING .*out of memory.*", run.output) for run in ranks]
+    assert [len(lines) for lines in warnings] == [0, 1] and "validation images" in warnings[1][0]
     assert not any("Traceback" in run.output for run in ranks)
-    assert {step for step, _ in read_samples(ranks[0].folder)} == {0, 4}
-    assert list(read_curve(ranks[0].folder, "val_loss")) == [0, 2, 4]
-    run, other = ranks[0], ranks_with_one_prompt[0]
-    for step in (2, 4, None):
-        assert same_weights(run.prior(step), other.prior(step)), step
+
+    flags = RANKS | {"validation_prompts": PROMPTS[2]}
+    others = train_ranks(train_data_dir=small, **flags)
+    assert [run.returncode for run in others] == [0, 0], others
+    images = others[0].samples()
+    assert list(images) == [(0, 0), (2, 0), (4, 0)] and np.array_equal(images[0, 0], alone[0, 2])
+    assert all(same_weights(ranks[0].prior(step), others[0].prior(step)) for step in (2, 4, None))
     for column in ("train_loss", "val_loss"):
-        assert read_curve(run.folder, column) == read_curve(other.folder, column)
-
-
-def test_the_decoder_is_loaded_once(run_with_ema, ranks):
-    first, second = (read_record(run, rank)["num_decoder_loads"] for rank, run in enumerate(ranks))
-    assert second == 1, "in three validations, one of which failed"
-    single = read_record(run_with_ema)["num_decoder_loads"]
-    assert first == single == 2, "and once more to be saved, in float32"
-
-
-class Decoder:
-    """A stand-in for the decoder's pipeline on a machine with a GPU, which records the devices it is moved
-    to."""
-
-    decoder = SimpleNamespace(config=SimpleNamespace(patch_size=2, c_hidden=[8, 8, 16, 16]))
-    config = SimpleNamespace(latent_dim_scale=10.67)
-
-    def __init__(self, fails):
-        self.devices, self.fails = ["cpu"], fails
-
-    def to(self, device):
-        self.devices.append(getattr(device, "type", device))
-        return self
-
-    def set_progress_bar_config(self, **_):
-        pass
-
-    def __call__(self, latents, prompt, **_):
-        assert self.devices[-1] == "cuda"
-        if self.fails:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return SimpleNamespace(images=[Image.new("RGB", (128, 128))])
+        assert ranks[0].losses(column) == others[0].losses(column)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "out of memory"])
-def test_the_decoder_leaves_the_device_while_it_is_not_used(models, monkeypatch, fails):
-    decoder, loads = Decoder(fails), []
-    monkeypatch.setattr(script, "load_decoder", lambda *args: loads.append(args) or decoder)
-    PartialState()  # the logger needs it
-    validator = script.Validator(
-        accelerator=SimpleNamespace(
-            device=SimpleNamespace(type="cuda"),
-            is_main_process=True,
-            num_processes=1,
-            autocast=nullcontext,
-            split_between_processes=nullcontext,
-        ),
-        args=SimpleNamespace(resolution=64, validation_prompts=PROMPTS, validation_size=None, seed=0),
-        prior=script.wuerstchen.WuerstchenPrior.from_pretrained(models / "prior" / "prior").eval(),
-        ema_prior=None,
-        noise_scheduler=script.DDPMWuerstchenScheduler(),
-        encode=None,
-        empty_embeds=torch.zeros(1, 77, 32),
-        prompt_embeds=[torch.zeros(1, 77, 32)] * 3,
-        held_out_dataloader=None,
-        signals=[],
-    )
+def test_the_decoder_leaves_the_gpu_while_it_is_not_used(models, fails):
+    accelerator = MagicMock(device=SimpleNamespace(type="cuda"), split_between_processes=nullcontext)
+    args = SimpleNamespace(resolution=64, validation_prompts=PROMPTS, validation_size=None, seed=0)
+    prior = wuerstchen.WuerstchenPrior.from_pretrained(models / "prior" / "prior").eval()
+    embeds = dict.fromkeys(["", *PROMPTS], torch.zeros(1, 77, 32))
+    decoder = MagicMock(side_effect=torch.OutOfMemoryError("CUDA out of memory") if fails else None)
+    decoder.decoder.config = SimpleNamespace(patch_size=2, c_hidden=[8, 8, 16, 16])
+    decoder.config.latent_dim_scale = 10.67
+    inputs = (prior, decoder, script.DDPMWuerstchenScheduler(), embeds)
     for _ in range(2):
-        assert len(validator.generate_images(2)) == (0 if fails else 3)
-    assert decoder.devices == ["cpu", "cuda", "cpu", "cuda", "cpu"]
-    assert len(loads) == 1
+        assert len(script.generate_images(accelerator, args, *inputs)) == (0 if fails else 3)
+    calls = [name for name, *_ in decoder.mock_calls if name in ("", "to")]  # "" is to generate an image
+    assert calls == ["to", *[""] * (1 if fails else 3), "to"] * 2
+    assert decoder.to.call_args_list == [call(accelerator.device), call("cpu")] * 2
 
 
-# ------------------------------------------------------------------------------------------- further sizes
+# -------------------------------------------------------------------------------------------------- sizes
 
 
-SIZED = {
-    "max_train_steps": 2,
-    "validation_steps": 2,
-    "validation_prompts": PROMPTS[:2],
-    "validation_size": [128, 256, 256, 128],
-}
+SIZES = {"": (128, 128), "-128x256": (128, 256), "-250x140": (256, 128)}  # the last one becomes the nearest
 
 
-@pytest.fixture
-def sized(train, small):
-    run = train(train_data_dir=small, **SIZED)
+def test_each_prompt_is_generated_at_each_size_and_shown_in_the_contact_sheet(train, models, small, tmp_path):
+    """A prompt that has been changed has a row without the images of the earlier one."""
+    flags = {"max_train_steps": 2, "validation_steps": 2, "validation_prompts": PROMPTS[:2]}
+    flags |= {"validation_size": [128, 256, 250, 140], "output_dir": tmp_path / "run"}
+    run = train(train_data_dir=small, **flags)
     assert run.returncode == 0, run
-    return run
-
-
-def test_each_prompt_is_generated_at_each_size(sized, models):
-    """The last ones are what the saved pipeline generates at that size."""
-    samples = sized.folder / "samples"
-    names = [
-        f"step-{step:07d}-prompt-{index}{size}.png"
-        for step in (0, 2)
-        for index in (0, 1)
-        for size in SUFFIXES
-    ]
+    names = [f"step-{s:07d}-prompt-{p}{size}.png" for s in (0, 2) for p in (0, 1) for size in SIZES]
+    samples = run.folder / "samples"
     assert sorted(file.name for file in samples.iterdir()) == sorted([*names, "contact-sheet.png"])
-    pipeline = script.diffusers.AutoPipelineForText2Image.from_pretrained(sized.folder)
-    pipeline.set_progress_bar_config(disable=True)
-    for suffix, (width, height) in SUFFIXES.items():
+    for suffix, size in SIZES.items():
+        expected = generate(models, run.folder / "prior_pipeline" / "prior", PROMPTS[:2], *size)
         for index, prompt in enumerate(PROMPTS[:2]):
             with Image.open(samples / f"step-0000002-prompt-{index}{suffix}.png") as image:
-                assert image.size == (width, height) and image.info["prompt"] == prompt
-                generated = np.asarray(image).astype(int)
-            expected = pipeline(
-                prompt,
-                width=width,
-                height=height,
-                prior_timesteps=script.wuerstchen.DEFAULT_STAGE_C_TIMESTEPS,
-                prior_guidance_scale=script.GUIDANCE_SCALE,
-                decoder_guidance_scale=0.0,
-                generator=torch.Generator().manual_seed(0),
-            ).images[0]
-            assert np.abs(np.asarray(expected).astype(int) - generated).max() <= 1
+                assert image.size == size and image.info["prompt"] == prompt
+                assert np.abs(np.asarray(image) - expected[index]).max() <= 1
+
+    for prompts in (PROMPTS[:2], [PROMPTS[0], "a llama"]):
+        args = SimpleNamespace(output_dir=run.folder, resolution=64, validation_prompts=prompts)
+        args.validation_size = flags["validation_size"]
+        script.save_contact_sheet(args)
+        sheet = np.asarray(Image.open(samples / "contact-sheet.png"))
+        assert sheet.shape == (6 * 256, 2 * 192, 3), "rows: both prompts at each size; columns: steps"
+        places = itertools.product(SIZES, (0, 1), (0, 2))  # squares first
+        for place, (suffix, index, step) in enumerate(places):
+            cell = sheet[place // 2 * 256 :, place % 2 * 192 :][68:252, 4:188]
+            with Image.open(samples / f"step-{step:07d}-prompt-{index}{suffix}.png") as image:
+                shown = np.asarray(ImageOps.pad(image, (184, 184), color="white"))
+            assert (cell == shown).all() if prompts[index] == PROMPTS[index] else (cell == 255).all()
 
 
-SUFFIXES = {"": (128, 128), "-128x256": (128, 256), "-256x128": (256, 128)}
+@pytest.fixture(scope="module")
+def published_decoder(models):
+    """A decoder pipeline whose decoder has the published sizes, without weights."""
+    with torch.device("meta"):
+        sizes = {"patch_size": 2, "c_hidden": [320, 640, 1280, 1280], "blocks": [1, 1, 1, 1]}
+        decoder = wuerstchen.WuerstchenDiffNeXt(**sizes)
+    components = wuerstchen.WuerstchenDecoderPipeline.from_pretrained(models / "decoder").components
+    return wuerstchen.WuerstchenDecoderPipeline(**components | {"decoder": decoder})
 
 
-def test_the_contact_sheet_has_a_row_for_each_prompt_and_size(sized, tmp_path, monkeypatch):
-    """Squares first. Each cell has its image whole, between white margins."""
-    made = {}
-    make_grid = script.make_image_grid
-    monkeypatch.setattr(
-        script,
-        "make_image_grid",
-        lambda images, **kw: made.update(kw, images=images) or make_grid(images, **kw),
-    )
-    shutil.copytree(sized.folder / "samples", tmp_path / "samples")
-    script.save_contact_sheet(tmp_path, PROMPTS[:2], [None, (128, 256), (256, 128)])
-    assert (made["rows"], made["cols"]) == (6, 2)
-    cells = iter(made["images"])
-    for (suffix, (width, height)), index, step in itertools.product(SUFFIXES.items(), (0, 1), (0, 2)):
-        cell = np.asarray(next(cells)).astype(int)
-        with Image.open(tmp_path / "samples" / f"step-{step:07d}-prompt-{index}{suffix}.png") as image:
-            scaled = image.resize([192 * side // max(width, height) for side in (width, height)])
-        left, top = (192 - scaled.width) // 2, (192 - scaled.height) // 2
-        inside = cell[top : top + scaled.height, left : left + scaled.width]
-        assert np.array_equal(inside, np.asarray(scaled))
-        assert cell.sum() == inside.sum() + 255 * 3 * (192 * 192 - scaled.width * scaled.height)
+@pytest.mark.parametrize(("resolution", "size"), [(768, 1024), (512, 640), (1536 * 32 / 42.67, 1536)])
+def test_images_have_the_size_that_the_trained_latents_stand_for(published_decoder, resolution, size):
+    """The guide's sizes are possible with the published decoder."""
+    assert script.decoder_image_size(published_decoder, resolution) == size
+    assert math.ceil(size / 42.67) == {1024: 24, 640: 15, 1536: 36}[size], "as the prior's pipeline computes"
 
 
-def test_a_size_that_the_decoder_does_not_support_becomes_the_nearest(train, small):
-    run = train(train_data_dir=small, **SIZED | {"validation_size": [150, 230], "max_train_steps": 1})
-    assert run.returncode == 0, run
-    assert run.output.count("--validation_size: the decoder makes (128, 256) of (150, 230)") == 1
-    with Image.open(run.folder / "samples" / "step-0000000-prompt-1-150x230.png") as image:
-        assert image.size == (128, 256)
-
-
-@pytest.mark.parametrize(
-    ("size", "latents"), [((1024, 1536), (24, 36)), ((1536, 1024), (36, 24)), ((1024, 1024), (24, 24))]
-)
-def test_the_guides_sizes_are_possible_with_the_published_decoder(published_decoder, size, latents):
-    sides = [script.decoder_image_size(published_decoder, pixels * 32 / 42.67) for pixels in size]
-    assert tuple(sides) == size
-    assert tuple(math.ceil(side / 42.67) for side in sides) == latents, (
-        "as the prior's pipeline computes them"
-    )
+def test_every_resolution_has_a_nearby_size_that_the_decoder_can_generate(published_decoder):
+    for resolution in range(32, 1600, 32):
+        size = script.decoder_image_size(published_decoder, resolution)
+        side = math.ceil(size / 42.67)  # of the latents, as in the prior's pipeline
+        decoder_side = int(side * 10.67)  # of the decoder's latents, as in its pipeline
+        assert decoder_side % 16 == 0, "patches of 2 are halved three times"
+        assert decoder_side > 0 and size % 128 == 0
+        assert abs(side - resolution / 32) <= 2.5, "three latents are 128 pixels"
 
 
 # ------------------------------------------------------------------------------------ when validation happens
 
 
-def list_due_steps(num_steps, num_rows, batch_size, **flags):
+def list_due_steps(num_steps, num_rows, samples_per_step, **flags):
     """The steps up to `num_steps` after which the script validates."""
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    args = script.parse_args(["--train_data_dir=images", *words])
-    plan = script.SamplePlan(
-        seed=0,
-        num_rows=num_rows,
-        rows_hash="",
-        num_processes=1,
-        train_batch_size=batch_size,
-        gradient_accumulation_steps=1,
-    )
-    return [step for step in range(num_steps + 1) if script.is_validation_due(step, args, plan)]
+    args = script.parse_args(["--train_data_dir=images", *(f"--{n}={v}" for n, v in flags.items())])
+    due = [script.is_validation_due(s, args, samples_per_step, num_rows) for s in range(num_steps + 1)]
+    return np.flatnonzero(due).tolist()
 
 
 @pytest.mark.parametrize("interval", [1, 4, 7])
 def test_validation_is_due_before_the_first_step_and_every_so_many_steps(interval):
     """Whatever the epochs are."""
-    due = list_due_steps(20, num_rows=5, batch_size=2, validation_steps=interval, validation_epochs=1)
+    due = list_due_steps(20, 5, 2, validation_steps=interval, validation_epochs=1)
     assert due == list(range(0, 21, interval))
 
 
@@ -583,32 +416,5 @@ def test_validation_is_due_before_the_first_step_and_every_so_many_steps(interva
 def test_validation_is_due_after_the_first_epoch_and_every_so_many_from_there(epochs, num_rows, batch_size):
     """An epoch ends with the step that contains its last row. A step may end several epochs."""
     ends = [math.ceil((epoch + 1) * num_rows / batch_size) for epoch in range(0, 100, epochs)]
-    due = list_due_steps(30, num_rows=num_rows, batch_size=batch_size, validation_epochs=epochs)
+    due = list_due_steps(30, num_rows, batch_size, validation_epochs=epochs)
     assert due == [0, *sorted({step for step in ends if step <= 30})]
-
-
-@pytest.fixture(scope="module")
-def published_decoder(models):
-    """A decoder pipeline whose decoder has the published sizes, without weights."""
-    with torch.device("meta"):
-        decoder = script.wuerstchen.WuerstchenDiffNeXt(
-            patch_size=2, c_hidden=[320, 640, 1280, 1280], blocks=[1, 1, 1, 1]
-        )
-    components = script.wuerstchen.WuerstchenDecoderPipeline.from_pretrained(models / "decoder").components
-    return script.wuerstchen.WuerstchenDecoderPipeline(**components | {"decoder": decoder})
-
-
-@pytest.mark.parametrize(("resolution", "size"), [(768, 1024), (512, 640)])
-def test_images_have_the_size_that_the_trained_latents_stand_for(published_decoder, resolution, size):
-    assert script.decoder_image_size(published_decoder, resolution) == size
-
-
-@pytest.mark.parametrize("resolution", range(32, 1600, 96))
-def test_every_resolution_has_a_nearby_size_that_the_decoder_can_generate(published_decoder, resolution):
-    size = script.decoder_image_size(published_decoder, resolution)
-    side = math.ceil(size / 42.67)  # of the latents, as in the prior's pipeline
-    decoder_side = int(side * 10.67)  # of the decoder's latents, as in its pipeline
-    assert decoder_side % 16 == 0, "patches of 2 are halved three times"
-    assert decoder_side > 0
-    assert size % 128 == 0
-    assert abs(side - resolution / 32) <= 2.5, "three latents are 128 pixels"

@@ -141,6 +141,7 @@ MAX_IMAGE_PIXELS = 10**8  # a small file can hold an image that fills the memory
 MAX_ASPECT_RATIO = 8
 PRIOR_FLAG = "pretrained_prior_model_name_or_path"  # of the prior, its tokenizer and its text encoder
 MIN_LOSS_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has diverged
+PATH_FLAGS = ("_dir", "_path", "dataset_name", "checkpoint")  # ends of the names of flags for local paths
 LFS_POINTER = b"version https://git-lfs"  # the first bytes of a file that `git lfs pull` has not fetched
 
 # =========================================================================================== Part 1: training
@@ -254,7 +255,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in vars(args).items():
         if value == "" and name != "report_to":
             parser.error(f"--{name} is empty; is it set from a variable that does not exist?")
-        if isinstance(value, str) and name.endswith(("_dir", "_path", "dataset_name", "checkpoint")):
+        if isinstance(value, str) and name.endswith(PATH_FLAGS):
             setattr(args, name, os.path.expanduser(value))
     args.report_to = args.report_to.replace(" ", "") or "none"
     trackers = [*map(str, get_available_trackers()), "all", "none"]
@@ -302,7 +303,9 @@ def load_train_dataset(args: argparse.Namespace) -> datasets.Dataset:
     with explain_errors(args, "dataset_name" if args.dataset_name else "train_data_dir"):
         dataset = load_folder(args.dataset_name or args.train_data_dir, args).with_format(None)
     with explain_errors(args, "image_column"):
-        dataset.select_columns(args.image_column)
+        kind = dataset.select_columns(args.image_column).features[args.image_column]
+        if not re.search("^Image|^Value.*binary|'bytes'|'path'", str(kind)):
+            raise ValueError(f"it holds {kind}, not images")
         dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
     with explain_errors(args, "caption_column"):
         dataset = dataset.select_columns([args.image_column, args.caption_column])
@@ -509,8 +512,11 @@ def load_encoders(
     half = {"fp16": torch.float16, "bf16": torch.bfloat16} if accelerator.native_amp else {}
     dtype = half.get(accelerator.mixed_precision, torch.float32)
     text_encoder = load_model(args, PRIOR_FLAG, CLIPTextModel, "text_encoder", dtype=dtype)
-    with explain_errors(args, "pretrained_image_encoder_name_or_path"):
-        image_encoder = EfficientNetEncoder.load(args.pretrained_image_encoder_name_or_path, args.cache_dir)
+    with explain_errors(args, flag := "pretrained_image_encoder_name_or_path"):
+        try:
+            image_encoder = EfficientNetEncoder.load(getattr(args, flag), args.cache_dir)
+        except KeyError as error:
+            raise ValueError(f"the file has no {error}") from None
     for encoder in (text_encoder, image_encoder):
         encoder.requires_grad_(False).eval().to(accelerator.device, dtype)
     return text_encoder, image_encoder
@@ -763,7 +769,8 @@ def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.Wue
     flag = "pretrained_decoder_model_name_or_path"
     parts = {name: load_model(args, flag, model_class, name) for name, model_class in classes.items()}
     pipeline = wuerstchen.WuerstchenDecoderPipeline
-    config = pipeline.load_config(getattr(args, flag), cache_dir=args.cache_dir)
+    with explain_errors(args, flag):
+        config = pipeline.load_config(getattr(args, flag), cache_dir=args.cache_dir)
     return pipeline(**parts, latent_dim_scale=config.get("latent_dim_scale", 10.67)).to(dtype)
 
 
@@ -966,7 +973,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     validate = functools.partial(log_validation, accelerator, args, models, load_held_out, len(held_out_rows))
     if is_main_process:
         init_trackers(accelerator, args, state)  # they continue at the checkpoint's step
-        truncate_logs(args.output_dir, state)
+        truncate_logs(args, state)
 
     logger.info(f"Training from step {first_step} to {args.max_train_steps} with seed {args.seed}")
     logger.info(f"{num_rows} rows, {samples_per_step} per step, {accelerator.num_processes} x {device.type}")
@@ -1403,6 +1410,8 @@ def load_batches(
             timeout=BATCH_TIMEOUT if num_workers else 0,
             generator=torch.Generator(),  # not the default one, which makes dropout's masks
         )
+        # Or __del__ of an iterator that cannot be made, as with a read-only /dev/shm, prints a traceback.
+        torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True
         iterator = iter(dataloader)
     # PyTorch's handler would raise anywhere in the training that a worker has died; `next` does so, as well.
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
@@ -1567,7 +1576,11 @@ LOCKS = []  # held by `main`
 def public_settings(args: argparse.Namespace) -> dict:
     """The flags that may be kept in checkpoints and published: no private ones, and no local paths."""
     settings = {name: value for name, value in vars(args).items() if name not in PRIVATE_FLAGS}
-    return {name: value for name, value in settings.items() if not os.path.exists(str(value))}
+    return {
+        name: value
+        for name, value in settings.items()
+        if not (name.endswith(PATH_FLAGS) and os.path.exists(str(value)))
+    }
 
 
 def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace):
@@ -1894,7 +1907,8 @@ def explain_errors(args: argparse.Namespace, flag: str) -> Iterator[None]:
         if "LocalEntryNotFoundError" in trace:
             reason = "it is not a local folder, not in the cache, and the Hub cannot be reached"
         # Models, and data files of a clone
-        for file in Path(str(value)).rglob("*" if flag.endswith("_path") else "*.[pt]ar*"):
+        files = Path(str(value)).rglob("*" if flag.endswith("_path") else "*.[pt]ar*")
+        for file in [Path(str(value)), *files]:
             if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(LFS_POINTER):
                 reason = f"{file} is a Git LFS pointer: run `git lfs pull`"
         raise SystemExit(f"--{flag}={value}: {printable(reason)}") from None
@@ -1953,10 +1967,11 @@ def read_metrics(output_dir: Path, name: str, max_rows: int = sys.maxsize) -> li
     return rows
 
 
-def truncate_logs(output_dir: Path, state: dict):
+def truncate_logs(args: argparse.Namespace, state: dict):
     """Removes from loss.jsonl and samples/ what a run that starts at `state` writes again."""
     with only_warn("Truncating loss.jsonl"):
-        validated, trained = state["validated_step"], state["global_step"] or -1
+        output_dir, trained = args.output_dir, state["global_step"] or -1
+        validated = min(state["validated_step"], args.max_train_steps - 1)  # the last step is, in any case
         rows = read_metrics(output_dir, "step")
         rows = [row for row in rows if row["step"] <= (trained if "train_loss" in row else validated)]
         partial = output_dir / ".loss.jsonl"
@@ -2038,11 +2053,11 @@ def save_contact_sheet(args: argparse.Namespace, side: int = 192):
     font = ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSansMono.ttf", 12)
     cells = []
     for (prompt, name, _), step in itertools.product(rows, steps):
-        cell, file = Image.new("RGB", (side, side + 64), "white"), find_sample(args, step, prompt, name)
-        label = textwrap.fill(prompt, 26, max_lines=3, placeholder=" ...")
+        cell, file = Image.new("RGB", (side, side + 68), "white"), find_sample(args, step, prompt, name)
+        label = textwrap.fill(prompt, 24, max_lines=3, placeholder=" ...")
         ImageDraw.Draw(cell).text((4, 4), f"step {step}\n{label}", "black", font)
         if file:
-            cell.paste(ImageOps.pad(Image.open(file), (side - 8, side - 8), color="white"), (4, 68))
+            cell.paste(ImageOps.pad(Image.open(file), (side - 8, side - 8), color="white"), (4, 72))
         cells.append(cell)
     make_image_grid(cells, rows=len(rows), cols=len(steps)).save(samples / "contact-sheet.png")
 
@@ -2059,9 +2074,11 @@ def save_loss_curve(output_dir: Path):
             if len(points):  # without overflows of fp16
                 means = np.convolve(points[:, 1], np.ones(width) / width, "valid")
                 axes.plot(*points.T, color=color, alpha=0.3)
-                axes.plot(points[width - 1 :, 0], means, ".-", color=color, ms=3, label=f"{name}, mean of {width}")
+                label = f"{name}, mean of {width}"
+                axes.plot(points[width - 1 :, 0], means, ".-", ms=3, color=color, label=label)
         axes.set(xlabel="step", ylabel="loss")
-        axes.legend()
+        if axes.get_lines():  # not before the first step
+            axes.legend()
         figure.savefig(output_dir / "loss.png")
 
 

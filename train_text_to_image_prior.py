@@ -1447,7 +1447,8 @@ def load_batches(
 
 # ------------------------------------------------------------------------------------------------------ cache
 # Encodes each row once and keeps the encoders' outputs on disk, for --cache_latents.
-CACHE_BATCH_SIZE, CACHE_SHARD_SIZE = 32, 2048  # rows that are encoded at once, and in a file
+CACHE_BATCH_SIZE = 32  # rows that are encoded at once
+CACHE_SHARD_SIZE, MAX_CACHE_SHARDS = 2048, 256  # rows in a file at least, and files, which all stay open
 
 
 def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
@@ -1463,7 +1464,8 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
     digest = hashlib.sha256(repr((rows_hash, dataset._fingerprint, sizes.tolist(), sources, models)).encode())
     for row in np.linspace(0, len(dataset) - 1, 8).astype(int).tolist():
         with contextlib.suppress(ValueError):  # a bad row
-            tensors = preprocess_train(dataset[row], sizes[row].tolist(), False, args, tokenizer)
+            tensors = preprocess_row(dataset[row], sizes[row].tolist(), False, args)
+            tensors |= tokenize_captions(tensors.pop("captions"), tokenizer)
             digest.update(b"".join(map(tensor_to_bytes, tensors.values())))
     for model in encoders:
         for name, tensor in model.state_dict().items():
@@ -1482,12 +1484,16 @@ def load_shard(file: Path, rows: np.ndarray, dataset: datasets.Dataset, args: ar
     in place of one that can be read now."""
     with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are ValueErrors
         encoded = datasets.Dataset.from_file(str(file))
-        encoded = encoded.select(np.argsort(encoded["position"]), keep_in_memory=True)
-        for row in rows[rows != encoded["row"]].tolist():
-            with contextlib.suppress(ValueError):
+        order = np.argsort(encoded.data["position"])
+        for row in rows[rows != np.asarray(encoded.data["row"])[order]].tolist():
+            try:
                 load_image(dataset[row][args.image_column])
                 return None
-        return encoded
+            except ValueError as error:
+                if not args.skip_bad_rows:
+                    return None
+                logger.warning_once(f"Skipped row {row}: {error}", main_process_only=False)
+        return encoded.select(order, keep_in_memory=True)
 
 
 def encode_shard(file: Path, batches: Iterable[dict], progress: tqdm, tokenizer, text_encoder, image_encoder):
@@ -1527,28 +1533,31 @@ def cache_latents(
     folder /= cache_key(dataset, sizes, rows_hash, args, *models)
     load = functools.partial(load, dataset, sizes, functools.partial(preprocess_row, args=args), train=False)
 
-    def load_or_encode(start: int, timeout: float) -> datasets.Dataset:
-        rows = np.arange(start, min(start + CACHE_SHARD_SIZE, len(dataset)))
+    shard_size = max(CACHE_SHARD_SIZE, math.ceil(len(dataset) / MAX_CACHE_SHARDS))
+    starts = range(0, len(dataset), shard_size)
+    is_main_process = AcceleratorState().is_main_process
+
+    def load_or_encode(start: int, timeout: float) -> datasets.Dataset | None:
+        rows = np.arange(start, min(start + shard_size, len(dataset)))
         file = folder / f"{start:09d}.arrow"
         encoded = load_shard(file, rows, dataset, args)
         if encoded is None:
             folder.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{file}.lock", timeout=timeout):
+            lock = filelock.FileLock(f"{file}.lock", timeout=timeout)
+            with contextlib.suppress(filelock.Timeout), lock:  # another process is encoding it
                 if load_shard(file, rows, dataset, args) is None:  # else another process has encoded it
                     batches = group_by_size(rows.tolist(), sizes, CACHE_BATCH_SIZE)
                     encode_shard(file, load(np.arange(len(dataset)), batches), progress, *models)
-            encoded = load_shard(file, rows, dataset, args)
+            return load_shard(file, rows, dataset, args)
+        progress.update(len(rows))
         return encoded
 
-    starts = range(0, len(dataset), CACHE_SHARD_SIZE)
-    with (
-        explain_errors(args, "cache_latents"),
-        tqdm(total=len(dataset), desc="Encoding", unit="row") as progress,
-    ):
-        for start in starts:
-            with contextlib.suppress(filelock.Timeout):  # another process is encoding it
-                load_or_encode(start, timeout=0)
-        return datasets.concatenate_datasets([load_or_encode(start, timeout=-1) for start in starts])
+    progress = tqdm(total=len(dataset), desc="Encoding", unit="row", disable=not is_main_process)
+    with explain_errors(args, "cache_dir"), progress:
+        shards = [load_or_encode(start, timeout=0) for start in starts]
+        shards = [shard or load_or_encode(at, timeout=-1) for at, shard in zip(starts, shards, strict=True)]
+        progress.update(len(dataset) - progress.n)  # by the shards that were waited for
+    return datasets.concatenate_datasets(shards)
 
 
 def preprocess_cached(

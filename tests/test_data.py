@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From rows to batches: odd images, the order of samples, augmentation, captions, unreadable rows."""
+"""From rows to batches: odd images, samples, augmentation, captions, unreadable rows."""
 
-import argparse
 import functools
 import io
 import itertools
@@ -20,8 +19,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGES, TESTS
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -251,13 +248,7 @@ def test_very_long_images_keep_their_center(size):
     assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).max() <= 1
 
 
-# ------------------------------------------------------------------------------------- the order of samples
-
-
-def order(num_rows, **flags):
-    """The endless order of rows of one size."""
-    rows = np.arange(num_rows)
-    return script.order_rows(rows, np.full((num_rows, 2), 32), parse_args(**flags))
+# -------------------------------------------------------------------------------------------------- samples
 
 
 def return_row(row, size):
@@ -273,22 +264,6 @@ def read_samples(dataset, args, count, preprocess, first=0):
     return [samples[position] for position in positions]
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 7, 64])
-def test_every_row_occurs_exactly_once_per_epoch(num_rows):
-    rows = list(itertools.islice(order(num_rows, seed=3), 5 * num_rows))
-    epochs = [sorted(rows[start : start + num_rows]) for start in range(0, 5 * num_rows, num_rows)]
-    assert epochs == [list(range(num_rows))] * 5
-
-
-def test_each_epoch_and_each_seed_has_its_own_order():
-    rows = [itertools.islice(order(64, seed=seed), 8 * 64) for seed in range(4)]
-    orders = [epoch for seed in rows for epoch in zip(*[seed] * 64, strict=True)]
-    assert len(set(orders)) == len(orders) == 32
-    # If they were one order reversed or shifted, neighbors would stay neighbors. By chance one of 63 does.
-    pairs = [set(itertools.pairwise(order)) for order in orders]
-    assert max(len(a & b) for i, a in enumerate(pairs) for b in pairs[:i]) < 10
-
-
 def test_a_sample_is_a_function_of_seed_and_position():
     first, other = (read_samples(range(16), parse_args(seed=seed), 48, return_row) for seed in (5, 6))
     for position in random.Random(0).sample(range(48), 48):
@@ -297,47 +272,15 @@ def test_a_sample_is_a_function_of_seed_and_position():
         assert len({sample["random"][generator] for sample in first + other}) == 96
 
 
-COUNT = st.integers(1, 5)
-
-
-def rank_batches(num_rows, rank, ranks, first_step, steps, *, batch_size, accumulation):
-    """A rank's micro-batches of these steps."""
-    flags = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    args = argparse.Namespace(seed=0, aspect_ratio_buckets=False, **flags)
-    rows, place = np.arange(num_rows), SimpleNamespace(num_processes=ranks, process_index=rank)
-    batches = script.order_batches(rows, np.full((num_rows, 2), 32), args, place, first_step)
-    return list(itertools.islice(batches, steps * accumulation))
-
-
-@settings(max_examples=100, deadline=None)
-@given(batch_size=COUNT, accumulation=COUNT, ranks=COUNT, steps=st.integers(0, 6), resumed=st.integers(0, 6))
-def test_ranks_share_all_positions_and_a_resumed_run_gets_the_rest(
-    batch_size, accumulation, ranks, steps, resumed
-):
-    flags = {"batch_size": batch_size, "accumulation": accumulation}
-    per_step, resumed, samples = batch_size * accumulation * ranks, min(resumed, steps), []
-    for rank in range(ranks):
-        batches = rank_batches(7, rank, ranks, 0, steps, **flags)
-        assert len(batches) == steps * accumulation
-        assert all(len(batch) == batch_size for batch in batches)
-        rest = rank_batches(7, rank, ranks, resumed, steps - resumed, **flags)
-        assert rest == batches[resumed * accumulation :]
-        for index, batch in enumerate(batches):  # a step has the next positions, on whatever ranks
-            assert {position // per_step for position, _ in batch} == {index // accumulation}
-        samples += [sample for batch in batches for sample in batch]
-    assert sorted(samples) == list(enumerate(itertools.islice(order(7), steps * per_step)))
-
-
 def test_resuming_late_needs_no_memory():
-    flags = {"batch_size": 1, "accumulation": 1}
-    early = rank_batches(3000, 0, 1, 0, 2, **flags)
+    place, sizes = SimpleNamespace(num_processes=1, process_index=0), np.full((3000, 2), 32)
     tracemalloc.start()
     try:
-        late = rank_batches(3000, 0, 1, 30_000, 1, **flags)  # after ten epochs
+        batches = script.order_batches(np.arange(3000), sizes, parse_args(), place, 30_000)  # ten epochs
+        assert next(batches)[0][0] == 30_000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert [batch[0][0] for batch in early + late] == [0, 1, 30_000]
     assert peak < 1 << 20, "a list of 30,000 samples takes 3 MB"
 
 
@@ -358,16 +301,6 @@ def assert_same_batches(batches, others):
         assert batch["row"] == other["row"] and batch["position"] == other["position"]
         for name in ("effnet_pixel_values", "text_input_ids", "text_mask"):
             assert torch.equal(batch[name], other[name]), name
-
-
-def test_starting_at_a_late_step_decodes_no_earlier_image(tokenizer, monkeypatch):
-    args, opened = parse_args(train_batch_size=4), []
-    load_image = script.load_image
-    monkeypatch.setattr(script, "load_image", lambda value: opened.append(value) or load_image(value))
-    (batch,) = read_batches(script.load_train_dataset(args), args, tokenizer, 1000, 1001)
-    rows = list(itertools.islice(order(64), 4000, 4004))
-    assert batch["row"] == rows and batch["position"] == [4000, 4001, 4002, 4003]
-    assert [Path(value["path"]).name for value in opened] == [ROWS[row]["file_name"] for row in rows]
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
@@ -594,10 +527,12 @@ def test_each_skipped_row_is_logged_once_and_without_skipping_the_first_one_ends
     assert not {3, 6} & {row for batch in batches for row in batch["row"]}
     messages = [record.getMessage() for record in caplog.records]
     assert sorted(re.search(r"Skipped row (\d): it is bad", message)[1] for message in messages) == ["3", "6"]
-    first = min([3, 6], key=list(itertools.islice(order(8), 8)).index)
+    args = parse_args(**flags)
+    order = script.order_rows(np.arange(8), np.full((8, 2), 32), args)
+    first = next(row for row in order if row in (3, 6))
     message = rf"^row {first}: it is bad.*; fix it, or skip such rows with --skip_bad_rows$"
     with pytest.raises(SystemExit, match=message):
-        read_batches(range(8), parse_args(**flags), None, 0, 6, preprocess)
+        read_batches(range(8), args, None, 0, 6, preprocess)
 
 
 @pytest.mark.parametrize("rows", [1, 10, 1000])

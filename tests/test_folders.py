@@ -128,12 +128,6 @@ def link_images(folder):
     (elsewhere / "more" / "loop").symlink_to(folder)
 
 
-def write_elsewhere(folder):
-    """The folder itself is a link."""
-    write(folder.with_name("elsewhere"), BOTH)
-    folder.symlink_to("elsewhere")
-
-
 def img2dataset(output_format):
     """What img2dataset writes with this --output_format; all but Parquet lists a failed download."""
     keys = [f"{index:09d}" for index in range(2 if output_format == "parquet" else 3)]
@@ -182,7 +176,6 @@ LAYOUTS = {  # each has the first two images to train on: files or a function th
     | {"0/0.txt": T0, "1.txt": T1, "test/2.txt": "a", "validation/2.txt": "a"},
     "images beside data files": BOTH | dict.fromkeys(STRAY, "anything"),
     "links": link_images,
-    "a linked folder": write_elsewhere,
     "Parquet": {"a.parquet": table(0), "b.parquet": table(1)},
     "Parquet of bytes": {"a.parquet": table(0, 1, image=FILES.__getitem__)},
     "Parquet without paths": {"a.parquet": table(0, 1, image=lambda index: {"bytes": FILES[index]})},

@@ -4,9 +4,8 @@ command; then latents are generated from each caption, and the nearest image sho
 
     python tests/learning.py FOLDER --train_data_dir tests/data/emoji-64 --max_train_samples 16
 
-makes the models in FOLDER, trains, and prints the recall at each checkpoint. Flags that it does not know are
-passed to the script. With --plot it also writes FOLDER/nearest.png: captions down, checkpoints across, and in
-each place the image nearest to the generated latents.
+makes the models in FOLDER, trains, and prints the recall at each checkpoint. Other flags are passed to the
+script. With --plot it also writes FOLDER/nearest.png: captions down, checkpoints across.
 
 The models are those of tiny_models.py with two differences: the text encoder's weights are larger, so that
 captions that differ by a word have different embeddings, and the prior has no dropout. No decoder is used.
@@ -19,14 +18,12 @@ from pathlib import Path
 
 import tiny_models
 import torch
-from accelerate.state import PartialState
 from PIL import Image, ImageDraw
 from tiny_models import wuerstchen
 
 import train_text_to_image_prior as script
 
-# Found by trial: recall 1.00 of 16 captions with three seeds. The unweighted loss needs about three times the
-# steps.
+# Found by trial: recall 1.00 of 16 captions with three seeds. The plain loss needs three times the steps.
 RECIPE = {
     "resolution": 64,
     "train_batch_size": 32,
@@ -43,40 +40,31 @@ NUM_INFERENCE_STEPS = 30
 
 
 def make_models(folder, *, seed=0, **prior):
-    """Models to learn with, in `prior`, `decoder` and `encoder`. `prior` is passed to the prior's
-    constructor."""
+    """Models to learn with, in `prior`, `decoder` and `encoder`; `prior` goes to the prior's constructor."""
     text_encoder = tiny_models.make_distinct_text_encoder(seed=seed)
     tiny_models.make_tiny_models(folder, seed=seed, text_encoder=text_encoder, **{"dropout": 0.0} | prior)
 
 
 def make_flags(folder, output_dir, **flags):
     """The command line, of the models in `folder`."""
-    settings = RECIPE | {
-        "pretrained_prior_model_name_or_path": folder / "prior",
-        "pretrained_decoder_model_name_or_path": folder / "decoder",
-        "pretrained_image_encoder_name_or_path": folder / "encoder",
-        "output_dir": output_dir,
-        "cache_dir": folder / "cache",
-        "cache_latents": True,
-    }
-    settings |= flags
+    parts = {"prior_model": "prior", "decoder_model": "decoder", "image_encoder": "encoder"}
+    settings = RECIPE | {f"pretrained_{name}_name_or_path": folder / parts[name] for name in parts}
+    settings |= {"output_dir": output_dir, "cache_dir": folder / "cache", "cache_latents": True} | flags
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
 
 
 def load_rows(argv):
-    """What the script trains on with these flags, all at the square of --resolution: images, captions, and
-    raw latents (N, 16, side, side)."""
+    """What is trained on, at the square of --resolution: images, captions, latents (N, 16, side, side)."""
     args = script.parse_args(argv)
-    PartialState()  # the script's logger asks it for the rank
     rows = script.load_train_dataset(args)
-    images = [script.load_image(row[args.image_column], script.image_folders(args)) for row in rows]
+    images = [script.load_image(row[args.image_column]) for row in rows]
     latents = encode_images(images, (args.resolution, args.resolution), args)
-    return images, [row[args.caption_column] for row in rows], latents
+    return images, [script.list_captions(row, args)[0] for row in rows], latents
 
 
 @torch.no_grad()
 def encode_images(images, size, args):
-    """The raw latents of images at a size, (height, width): (N, 16, height / 32, width / 32)."""
+    """The latents of images at a size, (height, width): (N, 16, height / 32, width / 32)."""
     encoder = script.EfficientNetEncoder.load(args.pretrained_image_encoder_name_or_path)
     image_transforms = script.make_image_transforms(size)
     pixels = torch.stack([image_transforms(image) for image in images])
@@ -104,8 +92,7 @@ def generate_latents(prior_pipeline, captions, size, guidance_scale=1.0, seed=0)
 
 
 def compare(generated, latents):
-    """For each caption the rank of its own image among all (0: the nearest), and the relative distance to
-    it."""
+    """For each caption the rank of its own image (0: the nearest), and the relative distance to it."""
     distances = torch.cdist(generated.flatten(1).double(), latents.flatten(1).double())
     own = distances.diagonal()
     return (distances < own[:, None]).sum(1), own / (latents.double() + 1).flatten(1).norm(dim=1)
@@ -114,10 +101,8 @@ def compare(generated, latents):
 def recall(prior_pipeline, captions, latents, guidance_scale=1.0, num_seeds=4):
     """Over `num_seeds` generations for each caption: the share of which its own image is the nearest, or
     among the five nearest, and the median relative error."""
-    size = latents.shape[2:]
-    generated = [
-        generate_latents(prior_pipeline, captions, size, guidance_scale, seed) for seed in range(num_seeds)
-    ]
+    settings = [(captions, latents.shape[2:], guidance_scale, seed) for seed in range(num_seeds)]
+    generated = [generate_latents(prior_pipeline, *each) for each in settings]
     ranks, errors = zip(*(compare(one, latents) for one in generated), strict=True)
     ranks, errors = torch.cat(ranks), torch.cat(errors)
     return {
@@ -129,15 +114,14 @@ def recall(prior_pipeline, captions, latents, guidance_scale=1.0, num_seeds=4):
 
 def load_pipeline(output_dir, checkpoint=None):
     """The saved prior pipeline, with the prior of a checkpoint if one is given."""
-    prior = {}
-    if checkpoint is not None:
-        prior["prior"] = wuerstchen.WuerstchenPrior.from_pretrained(checkpoint / "prior")
-    return wuerstchen.WuerstchenPriorPipeline.from_pretrained(output_dir / "prior_pipeline", **prior)
+    prior = wuerstchen.WuerstchenPrior.from_pretrained(
+        (checkpoint or output_dir / "prior_pipeline") / "prior"
+    )
+    return wuerstchen.WuerstchenPriorPipeline.from_pretrained(output_dir / "prior_pipeline", prior=prior)
 
 
 def plot_nearest(file, images, captions, columns, latents, tile=64):
-    """Captions down, checkpoints across, and the images nearest to the generated latents; the last column has
-    the captions' own images."""
+    """Writes the images nearest to the generated latents, and in the last column the captions' own."""
     shown = range(0, len(captions), max(1, len(captions) // 12))
     sheet = Image.new("RGB", (160 + tile * (len(columns) + 1), 20 + tile * len(shown)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -151,9 +135,8 @@ def plot_nearest(file, images, captions, columns, latents, tile=64):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--width", type=int, default=64, help="channels of the prior")
     parser.add_argument("--depth", type=int, default=2, help="blocks of the prior")
@@ -163,11 +146,7 @@ def main():
     own, rest = parser.parse_known_args()
     make_models(own.folder, c=own.width, depth=own.depth)
     output_dir = own.folder / "run"
-    argv = [
-        *make_flags(own.folder, output_dir),
-        "--overwrite_output_dir",
-        *rest,
-    ]  # of two, the last flag counts
+    argv = [*make_flags(own.folder, output_dir), "--overwrite_output_dir", *rest]  # the last of two counts
     script.main(argv)
     images, captions, latents = load_rows(argv)
     generated = {}

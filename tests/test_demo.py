@@ -4,18 +4,14 @@
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
+from conftest import SCRIPT, script
 from train_demo_decoder import SIDE, decode, load_pixels, nearest_images
 
-import train_text_to_image_prior as script
-
-README = Path(script.__file__).with_name("README.md")
+README = SCRIPT.with_name("README.md")
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +49,17 @@ def read_first_command(folder):
 
 
 @pytest.mark.slow
-def test_the_first_command_of_the_readme_draws_its_prompts(tmp_path, run_main, pictures, pixels):
+def test_the_first_command_of_the_readme_draws_its_prompts(tmp_path, train, images, pixels):
     tiny_models.make_demo_models(tmp_path / "models")
     arguments = read_first_command(tmp_path)
-    args = script.parse_args(arguments)
-    run = run_main(arguments)
+    run = train(argv=arguments, output_dir=tmp_path / "run", timeout=900)
     assert run.returncode == 0, run
-    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
-    captions = [row["text"] for row in rows]
-    expected = [captions.index(prompt) for prompt in args.validation_prompts]
-    found = []
-    for step in script.list_sample_steps(tmp_path / "run"):
-        files = [script.sample_file(tmp_path / "run", step, index) for index in range(len(expected))]
-        images = torch.stack([pil_to_tensor(Image.open(file)) for file in files]).float() / 255
-        found.append((nearest_images(images, pixels) == torch.tensor(expected)).sum().item())
+    captions = [json.loads(line)["text"] for line in (images / "metadata.jsonl").read_text().splitlines()]
+    expected = [captions.index(prompt) for prompt in script.parse_args(arguments).validation_prompts]
+    samples, found = run.samples(), []
+    for step in sorted({step for step, _ in samples}):
+        drawn = torch.stack([torch.tensor(samples[step, prompt]) for prompt in range(len(expected))])
+        nearest = nearest_images(drawn.permute(0, 3, 1, 2) / 255, pixels)
+        found.append((nearest == torch.tensor(expected)).sum().item())
     assert len(expected) == len(found) == 8, "eight prompts, at eight moments"
     assert found[0] <= 2 and found[-1] == len(expected), found

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training learns, and each part of it matters: with one of them wrong, the images are not learned."""
 
+import functools
 import json
-from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import PICTURES
+from conftest import script
 from learning import encode_images, load_pipeline, load_rows, make_flags, make_models, recall
 from PIL import Image
-
-import train_text_to_image_prior as script
 
 NUM_IMAGES = 16
 
@@ -24,27 +21,23 @@ def untrained(tmp_path_factory):
 
 
 @pytest.fixture
-def learn(untrained, run_main, tmp_path):
+def learn(untrained, images, train, tmp_path):
     """learn(guidance_scale=1.0, fault=None, **flags): recall and error of the pipeline that a run of the
     command has saved. `fault` patches the script for the run."""
 
     def learn(guidance_scale=1.0, fault=None, **flags):
-        settings = {"train_data_dir": PICTURES, "max_train_samples": NUM_IMAGES} | flags
+        settings = {"train_data_dir": images, "max_train_samples": NUM_IMAGES} | flags
         argv = make_flags(untrained, tmp_path / "run", **settings)
         _, captions, latents = load_rows(argv)  # what should be learned, by the script as it is
-        with pytest.MonkeyPatch.context() as patch:
-            if fault is not None:
-                fault(patch)
-            done = run_main(argv)
-        assert done.returncode == 0, done
-        return recall(load_pipeline(tmp_path / "run"), captions, latents, guidance_scale)
+        run = train(patch=fault, argv=argv, output_dir=tmp_path / "run", timeout=600)
+        assert run.returncode == 0, run
+        return recall(load_pipeline(run.folder), captions, latents, guidance_scale)
 
     return learn
 
 
 def has_learned(found):
-    """Chance is 1 in 16, and an error of about 1.2. Three seeds gave recalls of 1.00 and errors of 0.17 to
-    0.21."""
+    """Chance is 1 in 16, an error of about 1.2. Three seeds gave recalls of 1, errors of 0.17 to 0.21."""
     return found["top1"] >= 0.9 and found["error"] < 0.4
 
 
@@ -58,13 +51,13 @@ def test_captioned_images_are_memorized(learn, optimizer):
 # -------------------------------------------------------------------------------------------- of all shapes
 
 
-def write_panoramas(folder):
+def write_panoramas(images, folder):
     """16 images, half of them 2:1 and half 1:2, whose central square is white: what the caption names is at
     the left or at the top end. Returns their captions and files."""
     folder.mkdir()
-    rows = [json.loads(line) for line in (PICTURES / "metadata.jsonl").read_text().splitlines()[:16]]
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()[:16]]
     for index, row in enumerate(rows):
-        with Image.open(PICTURES / row["file_name"]) as image:
+        with Image.open(images / row["file_name"]) as image:
             emoji = image.convert("RGB").resize((32, 64))
         panorama = Image.new("RGB", (128, 64), "white")
         panorama.paste(emoji, (0, 0))
@@ -78,16 +71,16 @@ def write_panoramas(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("buckets", [False, True], ids=["squares", "buckets"])
 def test_content_outside_the_central_square_is_learned_with_buckets_only(
-    buckets, untrained, run_main, tmp_path
+    buckets, untrained, images, train, tmp_path
 ):
-    rows = write_panoramas(tmp_path / "panoramas")
+    rows = write_panoramas(images, tmp_path / "panoramas")
     flags = {"train_data_dir": tmp_path / "panoramas", "resolution": 96, "train_batch_size": 16}
     flags |= {"max_train_steps": 1600, "checkpointing_steps": 1600}
     flags |= {"aspect_ratio_buckets": True} if buckets else {}
     argv = make_flags(untrained, tmp_path / "run", **flags)
-    done = run_main(argv)
-    assert done.returncode == 0, done
-    pipeline = load_pipeline(tmp_path / "run")
+    run = train(argv=argv, output_dir=tmp_path / "run", timeout=600)
+    assert run.returncode == 0, run
+    pipeline = load_pipeline(run.folder)
     for shape, size in ((1, (64, 128)), (0, (128, 64))):
         captions, files = zip(*rows[shape::2], strict=True)
         latents = encode_images([Image.open(file) for file in files], size, script.parse_args(argv))
@@ -101,58 +94,27 @@ def test_content_outside_the_central_square_is_learned_with_buckets_only(
 # ---------------------------------------------------------------------------------------- with one part wrong
 
 
-def other_layer(patch):
+def other_layer():
     """The second to last layer of the text encoder, as Stable Diffusion 2 takes it."""
 
     def embed_captions(tokens, text_encoder):
         ids, mask = tokens["text_input_ids"], tokens["text_mask"]
         return text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
 
-    patch.setattr(script, "embed_captions", embed_captions)
+    script.embed_captions = embed_captions
 
 
-def no_mask(patch):
-    """Padding is attended to as if it were text."""
-
-    def embed_captions(tokens, text_encoder):
-        return text_encoder(tokens["text_input_ids"]).last_hidden_state
-
-    patch.setattr(script, "embed_captions", embed_captions)
-
-
-def half_the_scale(patch):
-    patch.setattr(script, "LATENT_MEAN", 84.0)
-
-
-def twice_the_scale(patch):
-    patch.setattr(script, "LATENT_MEAN", 21.0)
-
-
-def unscaled(patch):
-    patch.setattr(script, "LATENT_MEAN", 1.0)
-
-
-def wrong_sign(patch):
-    """The target is -noise."""
-    functional = torch.nn.functional
-
-    def mse_loss(pred_noise, noise, **settings):
-        return functional.mse_loss(pred_noise, -noise, **settings)
-
-    patch.setattr(script, "F", SimpleNamespace(mse_loss=mse_loss))
-
-
-def reversed_timesteps(patch):
+def reversed_timesteps():
     """The noise is that of t, and the prior receives 1 - t."""
     forward = script.wuerstchen.WuerstchenPrior.forward
 
     def reversed_forward(self, x, r, c):
         return forward(self, x, 1 - r, c)
 
-    patch.setattr(script.wuerstchen.WuerstchenPrior, "forward", reversed_forward)
+    script.wuerstchen.WuerstchenPrior.forward = reversed_forward
 
 
-def swapped_schedule(patch):
+def swapped_schedule():
     """Where all should be noise there is none, and the other way round."""
     add_noise = script.DDPMWuerstchenScheduler.add_noise
 
@@ -161,10 +123,10 @@ def swapped_schedule(patch):
             samples, noise = noise, samples
         return add_noise(self, samples, noise, timesteps)
 
-    patch.setattr(script.DDPMWuerstchenScheduler, "add_noise", swapped)
+    script.DDPMWuerstchenScheduler.add_noise = swapped
 
 
-def other_captions(patch):
+def other_captions():
     """Every image has the caption of another."""
     load_train_dataset = script.load_train_dataset
 
@@ -173,48 +135,28 @@ def other_captions(patch):
         captions = rows[column][:]
         return rows.remove_columns(column).add_column(column, captions[1:] + captions[:1])
 
-    patch.setattr(script, "load_train_dataset", rolled)
+    script.load_train_dataset = rolled
 
 
-def mirrored(patch):
-    """Images are learned mirrored."""
-    normalize_pixels = script.normalize_pixels
-
-    def normalize_mirrored(pixels):
-        return normalize_pixels(pixels).flip(-1)
-
-    patch.setattr(script, "normalize_pixels", normalize_mirrored)
+# Other parts are compared with formulas, in test_diffusion.py.
+half_the_scale = functools.partial(setattr, script, "LATENT_MEAN", 84.0)
+FAULTS = {"captions": other_captions, "text layer": other_layer, "scale": half_the_scale}
+FAULTS |= {"timesteps": reversed_timesteps, "schedule": swapped_schedule}
 
 
-SLOW = [
-    other_captions,
-    other_layer,
-    no_mask,
-    half_the_scale,
-    twice_the_scale,
-    unscaled,
-    reversed_timesteps,
-    swapped_schedule,
-    mirrored,
-]
-
-
-@pytest.mark.parametrize(
-    "fault", [pytest.param(fault, marks=pytest.mark.slow) for fault in (wrong_sign, *SLOW)]
-)
-def test_images_are_not_learned_with_one_part_wrong(learn, tmp_path, fault):
-    """It was tried, too, which faults this does not detect: leaving out the + 1, s = 0.08 in the schedule, a
-    linear schedule, alpha in place of its root, timesteps rounded to bf16. With them, training and generation
-    follow rules that are almost the same."""
-    found = learn(fault=fault, cache_dir=tmp_path / "cache")
+@pytest.mark.slow
+@pytest.mark.parametrize("part", FAULTS)
+def test_images_are_not_learned_with_one_part_wrong(learn, tmp_path, part):
+    """Faults that were tried and are not noticed here, since training and generation then follow almost the
+    same rules: leaving out the + 1, s = 0.08 in the schedule, alpha in place of its root, bf16 timesteps."""
+    found = learn(fault=FAULTS[part], cache_dir=tmp_path / "cache")
     assert not has_learned(found), found
 
 
 @pytest.mark.slow
 def test_caption_dropout_keeps_guidance_stable(learn):
     """Without it the empty caption has no meaning, and guidance moves the latents far off."""
-    errors = {
-        dropout: learn(4.0, caption_dropout=dropout, overwrite_output_dir=True)["error"]
-        for dropout in (0.0, 0.1)
-    }
-    assert errors[0.1] < 1 < 2 < errors[0.0], errors
+    without, with_dropout = (
+        learn(4.0, caption_dropout=dropout, overwrite_output_dir=True)["error"] for dropout in (0.0, 0.1)
+    )
+    assert with_dropout < 1 < 2 < without, (with_dropout, without)

@@ -5,9 +5,8 @@
 
 First an autoencoder learns the 64 bundled images at 128 pixels: it becomes the decoder repo's `vqgan`, used
 without its quantization. Then the decoder, a diffusion model, learns to generate the autoencoder's latents
-from those of the seeded random encoder in tiny_models.py. FOLDER/decoder.safetensors and
-FOLDER/vqgan.safetensors, in half precision, belong in tests/data/demo-decoder. FOLDER/autoencoder.png and
-FOLDER/decoder.png show what they make of the images.
+from those of the seeded random encoder in tiny_models.py. FOLDER/*.safetensors, in half precision, belong in
+tests/data/demo-decoder; FOLDER/autoencoder.png and FOLDER/decoder.png show what they make of the images.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from diffusers import DDPMWuerstchenScheduler
 from diffusers.utils import make_image_grid
 from safetensors.torch import save_file
-from tiny_models import DECODER_TEXT_WIDTH, DEMO_RESOLUTION, LATENT_MEAN, PICTURES
+from tiny_models import DECODER_TEXT_WIDTH, DEMO_RESOLUTION, IMAGES, LATENT_MEAN
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
@@ -32,10 +31,10 @@ SIDE = 128  # pixels of the images that DEMO_RESOLUTION stands for
 
 def load_pixels(resolution):
     """The bundled images in the order of their rows, (64, 3, resolution, resolution) uint8."""
-    rows = [json.loads(line) for line in (PICTURES / "metadata.jsonl").read_text().splitlines()]
-    paths = [{"path": str(PICTURES / row["file_name"]), "bytes": None} for row in rows]
+    rows = [json.loads(line) for line in (IMAGES / "metadata.jsonl").read_text().splitlines()]
+    paths = [{"path": str(IMAGES / row["file_name"]), "bytes": None} for row in rows]
     image_transforms = script.make_image_transforms((resolution, resolution))
-    return torch.stack([image_transforms(script.load_image(path, [PICTURES])) for path in paths])
+    return torch.stack([image_transforms(script.load_image(path)) for path in paths])
 
 
 def make_optimizer(model, learning_rate, steps):
@@ -117,9 +116,7 @@ def report(name, images, pixels, folder):
     """Prints how many images are nearest to their own, and writes all of them."""
     correct = (nearest_images(images, pixels) == torch.arange(len(pixels))).sum().item()
     error = F.mse_loss(images, pixels).item()
-    print(
-        f"{name}: {correct} of {len(pixels)} images are nearest to their own, mean squared error {error:.4f}"
-    )
+    print(f"{name}: {correct} of {len(pixels)} images are nearest to their own, squared error {error:.4f}")
     make_image_grid([to_pil_image(image) for image in images], rows=4, cols=16).save(folder / f"{name}.png")
 
 
@@ -128,9 +125,8 @@ def save_half(model, file):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--autoencoder_steps", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=10000)

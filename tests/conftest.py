@@ -139,12 +139,18 @@ def load_weights(folder):
 
 
 def load_optimizer_state(checkpoint):
-    """AdamW's moments and counts in a checkpoint, by name."""
-    saved = torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True)
-    state = saved.get("optimizer", saved)["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value) for index in state for name, value in state[index].items()
-    }
+    """The optimizer's moments and counts in a checkpoint, by name."""
+    saved, tensors = torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True), {}
+
+    def collect(state, prefix):
+        for name, value in state.items():
+            if isinstance(value, dict):  # of a parameter, and in it of the 8-bit optimizer
+                collect(value, f"{prefix}{name}.")
+            else:
+                tensors[f"{prefix}{name}"] = torch.as_tensor(value)
+
+    collect(saved.get("optimizer", saved)["state"], "")
+    return tensors
 
 
 def read_wandb(folder):

@@ -19,7 +19,6 @@ from modeling_efficient_net_encoder import EfficientNetEncoder
 
 LOGGED = re.compile(r"\d\d:\d\d:\d\d (INFO|WARNING) ")  # by the script itself
 PROGRESS = re.compile(r"\d+%\|.*\||\d+ examples ")
-LATEST = {"resume_from_checkpoint": "latest"}
 
 
 def assert_refused(run, *patterns):
@@ -113,13 +112,13 @@ def test_no_data_and_a_missing_library_are_refused_by_their_flags(capsys, monkey
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-DEFAULTS = """--pretrained_decoder_model_name_or_path=warp-ai/wuerstchen --output_dir=wuerstchen-model-finetuned
+DEFAULTS = """--pretrained_decoder_model_name_or_path=warp-ai/wuerstchen
 --pretrained_prior_model_name_or_path=warp-ai/wuerstchen-prior --image_column=image --caption_column=text
 --validation_epochs=5 --resolution=512 --train_batch_size=1 --num_train_epochs=100 --learning_rate=1e-4
 --gradient_accumulation_steps=1 --lr_scheduler=constant --lr_warmup_steps=500 --dataloader_num_workers=0
 --adam_beta1=0.9 --adam_beta2=0.999 --adam_weight_decay=0 --adam_epsilon=1e-8 --max_grad_norm=1
 --logging_dir=logs --report_to=tensorboard --local_rank=-1 --checkpointing_steps=500
---tracker_project_name=text2image-fine-tune
+--tracker_project_name=text2image-fine-tune --output_dir=wuerstchen-model-finetuned
 --pretrained_image_encoder_name_or_path=dome272/wuerstchen --optimizer=adamw --loss_weighting=none
 --timestep_sampling=uniform --caption_dropout=0"""  # from the image encoder on flags of ours
 NONE = """dataset_name dataset_config_name max_train_samples validation_prompts cache_dir seed max_train_steps
@@ -129,12 +128,9 @@ OFF = "gradient_checkpointing allow_tf32 use_ema push_to_hub"
 
 def test_the_references_flags_keep_their_names_and_defaults():
     assert parse(*DEFAULTS.split()) == parse()
-    expected = dict.fromkeys(NONE.split()) | dict.fromkeys(OFF.split(), False)
-    assert vars(parse()).items() >= expected.items()
-    assert (
-        vars(parse(*(f"--{flag}" for flag in OFF.split()))).items()
-        >= dict.fromkeys(OFF.split(), True).items()
-    )
+    assert {name for name, value in vars(parse()).items() if value is None} >= {*NONE.split()}
+    on = vars(parse(*(f"--{flag}" for flag in OFF.split())))
+    assert all(on[flag] is True and vars(parse())[flag] is False for flag in OFF.split())
 
 
 @pytest.mark.parametrize(
@@ -159,9 +155,7 @@ def test_a_flag_is_parsed_to_what_it_means(argv, value):
 
 
 def test_other_names_of_flags_mean_the_same():
-    assert parse("--validation_prompt=owl") == parse("--validation_prompts=owl"), (
-        "the guide's text has this one"
-    )
+    assert parse("--validation_prompt=owl") == parse("--validation_prompts=owl"), "the first is the guide's"
     pytest.importorskip("bitsandbytes")
     assert parse("--use_8bit_adam") == parse("--optimizer=adamw8bit") != parse()
 
@@ -183,25 +177,18 @@ def test_help_shows_every_flag_with_its_default_in_ascii(capsys):
 
 
 NO_CAPTIONS = r"has no captioned images.*metadata.jsonl.*\"file_name\": .*\"text\": .*txt"
+SPLIT = "no rows in a split named train, only in test"
+FOUND = ["metadata.csv", "a.png"]
 DATA = [
     (None, {}, "^--train_data_dir=.*/data: .*No such file or directory"),
-    *(
-        (files, {}, f"^--train_data_dir=.*/data: .*{NO_CAPTIONS}")
-        for files in ([], ["notes.txt"], ["a.png", "b.jpg"])
-    ),
-    (
-        ["test/a.png", "test/a.txt"],
-        {},
-        "^--train_data_dir=.*/data: .*no rows in a split named train, only in test",
-    ),
-    (["a.png", "a.txt"], {"image_column": "img"}, "^--image_column=img: .*image.*text"),
-    (["a.png", "a.txt"], {"image_column": "text"}, "^--image_column=text: .*string.*, not images"),
+    ([], {}, f"^--train_data_dir=.*/data: .*{NO_CAPTIONS}"),
+    (["notes.txt"], {}, f"^--train_data_dir=.*/data: .*{NO_CAPTIONS}"),
+    (["a.png", "b.jpg"], {}, f"^--train_data_dir=.*/data: .*{NO_CAPTIONS}"),
+    (["test/a.png", "test/a.txt"], {}, f"^--train_data_dir=.*/data: .*{SPLIT}"),
+    (FOUND, {"image_column": "img"}, "^--image_column=img: .*image.*text"),
+    (FOUND, {"image_column": "text"}, "^--image_column=text: .*string.*, not images"),
+    (FOUND, {"caption_column": "caption"}, "^--train_data_dir=.* no column caption, only .*text"),
     (["rows.parquet"], {}, "^--image_column=image: .*label.*, not images"),
-    (
-        ["metadata.csv", "a.png"],
-        {"caption_column": "caption"},
-        "^--train_data_dir.* no column caption, only .*text",
-    ),
     (None, {"dataset_name": "no/such-set"}, "^--dataset_name=no/such-set: .*no/such-set"),
 ]
 
@@ -230,8 +217,7 @@ def test_dataset_name_has_precedence_over_train_data_dir(train, images):
 
 @pytest.fixture
 def six_rows(images, tmp_path):
-    """six_rows(changes, number): a folder of the first six images, of which metadata.jsonl names this number, with
-    changes in some rows."""
+    """six_rows(changes, number=6): a folder of the first six images, and of that many rows with changes."""
 
     def write(changes, number=6):
         rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()][:6]
@@ -252,9 +238,7 @@ def forbid_models():
 
 def test_missing_images_and_captions_end_the_run_before_models_are_loaded(six_rows, refused, train):
     folder = six_rows({1: {"file_name": "nowhere.png"}, 4: {"text": None}})
-    reason = (
-        r"2 of 6 rows cannot be used, the first: row 1 \(.*/six/nowhere.png\): .*No such file or directory.*"
-    )
+    reason = r"2 of 6 rows cannot be used, the first: row 1 \(.*/six/nowhere.png\): .*No such file or direc.*"
     refused(f"^{reason}; fix them, or skip .*--skip_bad_rows$", patch=forbid_models, train_data_dir=folder)
     run = train(train_data_dir=folder, skip_bad_rows=True)
     assert run.returncode == 0 and re.search(f"WARNING .*{reason}\n", run.output), run
@@ -312,7 +296,7 @@ def test_a_model_that_cannot_be_loaded_is_refused_before_training(model, refused
     assert run.output.splitlines()[-1] == f"--{flag}=nobody/nothing: {reason}"
 
 
-def test_encoders_that_do_not_fit_the_prior_are_refused(refused, models, tmp_path):
+def test_encoders_that_do_not_fit_are_refused(refused, models, tmp_path):
     shutil.copytree(models / "prior", tmp_path / "prior")
     config = json.loads((tmp_path / "prior" / "text_encoder" / "config.json").read_text())
     config |= {"hidden_size": 64, "intermediate_size": 64, "projection_dim": 64}
@@ -320,13 +304,10 @@ def test_encoders_that_do_not_fit_the_prior_are_refused(refused, models, tmp_pat
     flag = "pretrained_prior_model_name_or_path"
     refused(f"^--{flag}=.*c_cond=32.* 64", **{flag: tmp_path / "prior"})
     EfficientNetEncoder(c_latent=4).save_pretrained(tmp_path / "encoder")
-    refused(f"^--{flag}=.*c_in=16.* 4", pretrained_image_encoder_name_or_path=tmp_path / "encoder")
-
-
-def test_a_training_file_without_the_encoder_is_refused(refused, tmp_path):
+    other = "pretrained_image_encoder_name_or_path"
+    refused(f"^--{flag}=.*c_in=16.* 4", **{other: tmp_path / "encoder"})
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    flag = "pretrained_image_encoder_name_or_path"
-    refused(f"^--{flag}=.*other.pt: .*effnet_state_dict", **{flag: tmp_path / "other.pt"})
+    refused(f"^--{other}=.*other.pt: .*effnet_state_dict", **{other: tmp_path / "other.pt"})
 
 
 def test_an_output_dir_that_is_a_file_is_refused(train, tmp_path):
@@ -359,52 +340,43 @@ def test_a_precision_of_accelerates_configuration_that_is_not_supported_is_refus
 # ---------------------------------------------------------------------------------------------- earlier runs
 
 
-@pytest.fixture
-def refused_after(train, tmp_path):
-    """refused_after(pattern, **flags): these flags are refused in the folder of an earlier run of two steps. No
-    file in it changes."""
-    run = train(max_train_steps=2, checkpointing_steps=2, report_to="none")
-    assert run.returncode == 0, run
-    assert not list(run.folder.rglob("events.out.*")), "of --report_to=none"
-    earlier = shutil.copytree(run.folder, tmp_path / "earlier")
-
-    def files():
-        found = [path for path in earlier.rglob("*") if path.is_file() and path.name != ".lock"]
-        return {path: path.stat().st_mtime_ns for path in found}
-
-    def check(pattern, **flags):
-        before = files()
-        assert_refused(train(**{"max_train_steps": 4, "output_dir": earlier} | flags), pattern)
-        assert files() == before
-
-    return check
+WAYS = "--resume_from_checkpoint=latest.*--overwrite_output_dir"
 
 
 @pytest.mark.parametrize(
-    ("flags", "pattern"),
+    ("flag", "value", "pattern"),
     [
+        ("resume_from_checkpoint", None, f"^--output_dir=.*earlier contains .*checkpoint-2.*{WAYS}"),
+        ("resume_from_checkpoint", "checkpoint-7", "^--resume_from_checkpoint=checkpoint-7: .*no complete"),
+        ("resume_from_checkpoint", "/nowhere", "^--resume_from_checkpoint=/nowhere: .*no complete"),
+        ("use_ema", True, "^--use_ema: .*checkpoint-2 has no prior_ema"),
+        ("train_batch_size", 2, "checkpoint-2 .*another samples_per_step=4, this one 2$"),
+        ("gradient_accumulation_steps", 2, "checkpoint-2 .*another samples_per_step=4, this one 8$"),
+        ("max_train_samples", 32, "checkpoint-2 .*another num_rows=64, this one 32$"),
+        ("seed", 1, "checkpoint-2 .*another seed=0, this one 1$"),
+        ("caption_column", "captions", "checkpoint-2 .*another rows_hash$"),
+        ("aspect_ratio_buckets", True, "checkpoint-2 .*another buckets=False, this one "),
+        ("optimizer", "adafactor", "checkpoint-2 .*another optimizer=adamw, this one adafactor$"),
         (
-            {},
-            "^--output_dir=.*earlier contains .*checkpoint-2.*--resume_from.*=latest.*--overwrite_output_dir",
-        ),
-        (LATEST | {"use_ema": True}, "^--use_ema: .*checkpoint-2 has no prior_ema"),
-        (
-            {"resume_from_checkpoint": "checkpoint-7"},
-            "^--resume_from_checkpoint=checkpoint-7: there is no complete",
-        ),
-        ({"resume_from_checkpoint": "/nowhere"}, "^--resume_from_checkpoint=/nowhere: there is no complete"),
-        (LATEST | {"train_batch_size": 2}, "checkpoint-2 .*another samples_per_step=4, this one 2$"),
-        (
-            LATEST | {"gradient_accumulation_steps": 2},
-            "checkpoint-2 .*another samples_per_step=4, this one 8$",
-        ),
-        (LATEST | {"max_train_samples": 32}, "checkpoint-2 .*another num_rows=64, this one 32$"),
-        (LATEST | {"seed": 1}, "checkpoint-2 .*another seed=0, this one 1$"),
-        (LATEST | {"caption_column": "captions"}, "checkpoint-2 .*another rows_hash$"),
-        (LATEST | {"aspect_ratio_buckets": True}, "checkpoint-2 .*another buckets=False, this one "),
-        (LATEST | {"optimizer": "adafactor"}, "checkpoint-2 .*another optimizer=adamw, this one adafactor$"),
-        ({"overwrite_output_dir": True, "train_data_dir": "/nowhere"}, "^--train_data_dir=/nowhere: "),
+            "train_data_dir",
+            "/nowhere",
+            "^--train_data_dir=/nowhere: ",
+        ),  # --overwrite_output_dir deletes nothing
     ],
 )
-def test_what_does_not_go_with_an_earlier_run_is_refused_and_changes_no_file(flags, pattern, refused_after):
-    refused_after(pattern, **flags)
+def test_what_does_not_go_with_an_earlier_run_changes_no_file(train, tmp_path, flag, value, pattern):
+    run = train(max_train_steps=2, checkpointing_steps=2, report_to="none")
+    assert run.returncode == 0, run
+    assert not list(run.folder.rglob("events.out.*")), "of --report_to=none"
+    folder = shutil.copytree(run.folder, tmp_path / "earlier")
+
+    def times():
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before, flags = times(), {"output_dir": folder, "max_train_steps": 4}
+    flags |= (
+        {"overwrite_output_dir": True} if flag == "train_data_dir" else {"resume_from_checkpoint": "latest"}
+    )
+    assert_refused(train(**flags | {flag: value}), pattern)
+    assert times() == before

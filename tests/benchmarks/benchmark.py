@@ -3,28 +3,24 @@
 
     python tests/benchmarks/benchmark.py --out DIR                  # all rows
     python tests/benchmarks/benchmark.py --out DIR --rows reference-guide guide guide-cached
-    python tests/benchmarks/benchmark.py --list
 
 On a GPU the models have their published sizes and random weights, and the images are JPEGs of 1024 pixels; on
 a CPU all is tiny, to check that this program still runs. Models and images are made once, in --work (6 GB).
-Each row runs in a process of its own: a new one on a GPU, a fork, which is faster, on a CPU. One that fails
-is reported in the table and in DIR/NAME.log. DIR/results.json grows row by row, and a later call keeps the
-rows of earlier ones if they are of the same device, libraries and script, so the table can be made in several
-calls.
+Each row runs in a process of its own. One that fails is reported in the table and in DIR/NAME.log.
+DIR/results.json grows row by row, and a later call keeps the rows of earlier ones if they are of the same
+device, libraries and script.
 
 The script's rows are the real `main` with its data loader, but without validating and saving. The reference's
 rows are its step alone, whose pixels are on the device already: if anything, this favors them.
 
 images/s is that of the timed steps together, by the clock, with all that happens between them; the median is
-that of a single step. The first compiled row of a batch size compiles, and the next ones find that cached, so
-"first step" shows both. Where the data loader cannot keep up, the median is too high, since batches come in
-bursts, one per worker.
+that of a single step, which is too high where batches come in bursts, one per worker. The first compiled row
+of a batch size compiles, and the next ones find that cached: "first step" shows both.
 """
 
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import math
 import multiprocessing
@@ -36,10 +32,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The first process must not take memory of the GPU.
@@ -57,62 +52,25 @@ from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 import train_text_to_image_prior as script  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Size:
-    """How much is measured."""
-
-    name: str
-    resolution: int
-    image_side: int  # pixels of the JPEGs
-    num_images: int
-    workers: int
-    matmul: int  # side of the matrices whose product is the ceiling
-    limit: int  # seconds that a row may take
-    # Numbers of (untimed, then timed) steps and batches. The data loader reads two batches a worker ahead,
-    # and its own speed shows only after those.
-    steps: tuple[int, int]
-    reference_steps: tuple[int, int]
-    batches: tuple[int, int]
-    encoded_rows: int
-    cached_rows: tuple[int, int]  # few and many
-
-
-TINY = Size(
-    name="tiny",
-    resolution=64,
-    image_side=96,
-    num_images=32,
-    workers=2,
-    matmul=256,
-    limit=240,
-    steps=(1, 3),
-    reference_steps=(1, 2),
-    batches=(5, 8),
-    encoded_rows=64,
-    cached_rows=(1_000, 10_000),
-)
-REAL = Size(
-    name="real",
-    resolution=768,
-    image_side=1024,
-    num_images=256,
-    workers=4,
-    matmul=8192,
-    limit=420,
-    steps=(10, 20),
-    reference_steps=(3, 9),
-    batches=(20, 200),
-    encoded_rows=4096,
-    cached_rows=(1_000, 1_000_000),
-)
-REAL_PRIOR = {"c": 1536, "c_cond": 1280, "c_r": 64, "depth": 32, "nhead": 24}
-REAL_TEXT = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
+# What is measured on a CPU, and on a GPU. Of steps and batches: how many are not timed, and how many are. The
+# data loader reads two batches a worker ahead, and its own speed shows only after those.
+SIZES = {
+    "name": ("tiny", "real"),
+    "resolution": (64, 768),
+    "image_side": (96, 1024),  # pixels of the JPEGs
+    "num_images": (32, 256),
+    "workers": (2, 4),
+    "matmul": (256, 8192),  # side of the matrices whose product is the ceiling
+    "limit": (240, 420),  # seconds that a row may take
+    "steps": ((1, 3), (10, 20)),
+    "reference_steps": ((1, 2), (3, 9)),
+    "batches": ((5, 8), (20, 200)),
+    "encoded_rows": (64, 4096),
+    "cached_rows": ((1_000, 10_000), (1_000, 1_000_000)),
 }
+REAL_PRIOR = {"c": 1536, "c_cond": 1280, "c_r": 64, "depth": 32, "nhead": 24}
+REAL_TEXT = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+REAL_TEXT |= {"num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gelu", "vocab_size": 49408}
 COMMON = ("device", "size", "torch", "diffusers", "script")  # the same for all rows of a table
 
 # The guide's command, and what other rows change in it.
@@ -140,14 +98,10 @@ SCRIPT_ROWS = {
     "guide-8bit-adam": {"use_8bit_adam": True},
 }
 BASE = "reference-guide"  # the other rows' ratios are to this one
-TRAINING = {
-    BASE: (measures.time_reference, {}),
-    "reference-bf16-16": (measures.time_reference, BF16_16),
-}
-for name, flags in SCRIPT_ROWS.items():
-    TRAINING[name] = (measures.time_script, flags)
-for name, flags in SCRIPT_ROWS.items():
-    TRAINING[f"{name}-compile"] = (measures.time_script, flags | {"compile": True})
+TRAINING = {BASE: (measures.time_reference, {}), "reference-bf16-16": (measures.time_reference, BF16_16)}
+TRAINING |= {name: (measures.time_script, flags) for name, flags in SCRIPT_ROWS.items()}
+COMPILED = {f"{name}-compile": flags | {"compile": True} for name, flags in SCRIPT_ROWS.items()}
+TRAINING |= {name: (measures.time_script, flags) for name, flags in COMPILED.items()}
 OTHER = {
     "encoding": (measures.time_encoding, {"train_batch_size": script.CACHE_BATCH_SIZE}),
     "gradients": (measures.compare_gradients, BF16_4 | {"compile": True}),
@@ -170,14 +124,13 @@ def make_image(file: Path, side: int, seed: int):
     Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(file, quality=90)
 
 
-def make_inputs(size: Size, work: Path) -> dict:
+def make_inputs(size: SimpleNamespace, work: Path) -> dict:
     """Writes the models, in the published ones' layout, and the images with their captions."""
     tiny_models.make_tiny_models(work)
     if size.name == "real":  # the image encoder has its published size already
         with torch.device("cuda"):
             tiny_models.make_prior(**REAL_PRIOR).save_pretrained(work / "prior" / "prior")
-            config = CLIPTextConfig(**REAL_TEXT, projection_dim=1280, hidden_act="gelu", vocab_size=49408)
-            CLIPTextModel(config).half().save_pretrained(work / "prior" / "text_encoder")
+            CLIPTextModel(CLIPTextConfig(**REAL_TEXT)).half().save_pretrained(work / "prior" / "text_encoder")
     folder = work / "images"
     folder.mkdir(exist_ok=True)
     files = [folder / f"{index:04d}.jpg" for index in range(size.num_images)]
@@ -188,22 +141,14 @@ def make_inputs(size: Size, work: Path) -> dict:
     return {}
 
 
-def make_flags(size: Size, work: Path, folder: Path, flags: dict) -> list[str]:
+def make_flags(size: SimpleNamespace, work: Path, folder: Path, flags: dict) -> list[str]:
     """The script's command line: the guide's, changed by `flags`. What it writes goes to `folder`."""
-    settings = {
-        "pretrained_prior_model_name_or_path": work / "prior",
-        "pretrained_decoder_model_name_or_path": work / "decoder",
-        "pretrained_image_encoder_name_or_path": work / "encoder",
-        "train_data_dir": work / "images",
-        "resolution": size.resolution,
-        "dataloader_num_workers": size.workers,
-        "report_to": "none",
-        "output_dir": folder / "run",
-        "cache_dir": folder / "cache",
-        "max_train_steps": sum(size.steps),
-        "seed": "0",
-    }
-    settings |= GUIDE | flags
+    models = {"prior_model": "prior", "decoder_model": "decoder", "image_encoder": "encoder"}
+    settings = {f"pretrained_{model}_name_or_path": work / name for model, name in models.items()}
+    settings |= {"train_data_dir": work / "images", "seed": "0", "report_to": "none"}
+    settings |= {"output_dir": folder / "run", "cache_dir": folder / "cache"}
+    settings |= {"resolution": size.resolution, "dataloader_num_workers": size.workers}
+    settings |= {"max_train_steps": sum(size.steps)} | GUIDE | flags
     given = {name: value for name, value in settings.items() if value}
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
@@ -217,64 +162,43 @@ def driver_memory() -> float | None:
         return int(subprocess.run(command, capture_output=True, text=True).stdout) / 1024
 
 
-def run_in_child(log: Path, result_file: Path, start_method: str, measure, *arguments):
-    """Writes what `measure` returns, or its error, to a file; what it prints goes to the log."""
+def run_in_child(log: Path, result_file: Path, measure, *arguments):
+    """Writes what `measure` returns to a file; what it prints, and its error, goes to the log."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     # The data loader's workers should start as a user's do, not as this process did.
-    multiprocessing.set_start_method(start_method, force=True)
-    try:
-        result = {
-            name: value if isinstance(value, str) else float(value)
-            for name, value in measure(*arguments).items()
-        }
-        if not all(math.isfinite(value) for value in result.values() if isinstance(value, float)):
-            raise ValueError(f"not all numbers are finite: {result}")
-        if not torch.cuda.is_available():  # on a GPU, `driver_memory` measures it
-            result["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    except BaseException as error:
-        traceback.print_exc()
-        result = {"error": " ".join(f"{type(error).__name__}: {error}".split()).replace("|", "/")[:200]}
+    multiprocessing.set_start_method(None, force=True)
+    result = {name: v if isinstance(v, str) else float(v) for name, v in measure(*arguments).items()}
+    if not all(math.isfinite(value) for value in result.values() if isinstance(value, float)):
+        raise ValueError(f"not all numbers are finite: {result}")
+    if not torch.cuda.is_available():  # on a GPU, `driver_memory` measures it
+        result["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     result_file.write_text(json.dumps(result))
 
 
-def run_measure(size: Size, log: Path, measure, *arguments) -> dict:
-    """What `measure` returns in a process of its own, or {"error": the reason}."""
-    deadline, memory = time.time() + size.limit, []
+def run_measure(size: SimpleNamespace, log: Path, measure, *arguments) -> dict:
+    """What `measure` returns in a process of its own, with a remark if --compile was ignored; or an
+    "error" with the last line that it printed."""
+    deadline, memory, file = time.time() + size.limit, [], log.with_suffix(".result")
+    file.unlink(missing_ok=True)
     context = multiprocessing.get_context("spawn" if size.name == "real" else "fork")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "result.json")
-        process = context.Process(
-            target=run_in_child,
-            args=(log, file, multiprocessing.get_start_method(), measure, size, *arguments),
-        )
-        process.start()
-        while process.is_alive() and time.time() < deadline:
-            used = driver_memory() if size.name == "real" else None
-            if used:
-                memory.append(used)
-            process.join(0.2)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            return {"error": f"stopped after {size.limit} seconds"}
-        if not file.exists():
-            return {"error": f"exit status {process.exitcode}"}
-        result = json.loads(file.read_text())
-    if memory:
+    process = context.Process(target=run_in_child, args=(log, file, measure, size, *arguments))
+    process.start()
+    while process.is_alive() and time.time() < deadline:
+        memory.append((size.name == "real" and driver_memory()) or 0.0)
+        process.join(0.2)
+    if process.is_alive():
+        process.kill()
+        return {"error": f"stopped after {size.limit} seconds"}
+    printed = log.read_text(errors="replace").replace("|", "/")
+    if process.exitcode != 0:
+        return {"error": f"exit status {process.exitcode}: {printed.strip().splitlines()[-1:]}"[:300]}
+    result = json.loads(file.read_text())
+    if any(memory):
         result["peak_gib"] = max(memory)
-    return result
-
-
-def rejection(argv: list[str]) -> str:
-    """The script's error message about a command line; "" if there is none."""
-    with contextlib.redirect_stderr(io.StringIO()) as output:
-        try:
-            script.parse_args(argv)
-        except SystemExit:
-            return output.getvalue().strip().splitlines()[-1].split("error: ")[-1]
-    return ""
+    ignored = re.search(r"--compile is ignored.*", printed)
+    return result | ({"remark": ignored[0][:200]} if ignored else {})
 
 
 def make_table(results: dict) -> str:
@@ -308,91 +232,56 @@ def make_table(results: dict) -> str:
             if not what.endswith("_gib"):
                 shown = value if isinstance(value, str) else format(value, ".4g")
                 lines.append(f"| {name}: {what} | {shown} |")
-    lines.append("")
-    lines += [f"* not run: {name} ({reason})" for name, reason in results["rejected"].items()]
     return "\n".join(lines)
-
-
-def earlier_rows(file: Path, results: dict) -> dict:
-    """The rows that an earlier call has measured under the same conditions."""
-    earlier = json.loads(file.read_text()) if file.exists() else {}
-    return earlier["rows"] if all(earlier.get(name) == results[name] for name in COMMON) else {}
-
-
-def hash_script() -> str:
-    files = (Path(script.__file__), Path(script.__file__).with_name("modeling_efficient_net_encoder.py"))
-    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="folder for results.json and the rows' logs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json and the rows' logs")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
-    parser.add_argument(
-        "--work", type=Path, help="folder for models and images; default: in the temporary folder"
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="list the rows and what they change in the guide's flags"
-    )
+    parser.add_argument("--work", type=Path, help="folder of models and images; default: a temporary one")
     args = parser.parse_args()
-    size = REAL if torch.cuda.is_available() else TINY
+    size = SimpleNamespace(**{name: of[torch.cuda.is_available()] for name, of in SIZES.items()})
     work = args.work or Path(tempfile.gettempdir(), f"wuerstchen-benchmark-{size.name}")
-    argv = {name: make_flags(size, work, work / f"run-{name}", flags) for name, (_, flags) in ROWS.items()}
-    rejected = {name: reason for name in ROWS if (reason := rejection(argv[name]))}
-    if args.list:
-        for name, (_, flags) in ROWS.items():
-            print(f"{name}: {flags}" + (f" -- not run: {rejected[name]}" if name in rejected else ""))
-        return
-    if args.out is None:
-        parser.error("give --out")
     for folder in (args.out, work):
         folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / "compiled", ignore_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "compiled")
-
-    def run(name: str, measure, *arguments) -> dict:
-        log = args.out / f"{name}.log"
-        result = run_measure(size, log, measure, *arguments)
-        if "error" in result and name not in ROWS:
-            sys.exit(f"{name}: {result['error']}; see {log}")
-        warning = re.search(r"--compile is ignored.*", log.read_text(errors="replace"))
-        if warning:
-            result["remark"] = warning[0].replace("|", "/")[:200]
-        return result
-
     if not (work / "made").exists():
-        run("inputs", make_inputs, work)
+        made = run_measure(size, args.out / "inputs.log", make_inputs, work)
+        if "error" in made:
+            sys.exit(f"inputs: {made['error']}")
         (work / "made").touch()
     prior = json.loads((work / "prior" / "prior" / "config.json").read_text())
-    latents_side = math.ceil(size.resolution / script.STRIDE)
-    results = run("ceiling", measures.measure_ceiling) | {
+    files = (Path(script.__file__), Path(script.__file__).with_name("modeling_efficient_net_encoder.py"))
+    results = run_measure(size, args.out / "ceiling.log", measures.measure_ceiling) | {
         "size": size.name,
         "resolution": size.resolution,
-        "tflop_per_image": measures.tflop_per_image(prior, latents_side),
+        "tflop_per_image": measures.tflop_per_image(prior, math.ceil(size.resolution / script.STRIDE)),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "script": hash_script(),
-        "rejected": {name: reason for name, reason in rejected.items() if name in args.rows},
+        "script": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
     }
     file = args.out / "results.json"
-    results["rows"] = earlier_rows(file, results)
-    for name in (name for name in args.rows if name not in rejected):
-        started = time.time()
-        row = run(name, ROWS[name][0], argv[name], started)
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    is_same = all(earlier.get(name) == results[name] for name in COMMON)
+    rows = results["rows"] = earlier["rows"] if is_same else {}
+    for name in args.rows:
+        started, (measure, flags) = time.time(), ROWS[name]
+        argv = make_flags(size, work, work / f"run-{name}", flags)
+        rows[name] = run_measure(size, args.out / f"{name}.log", measure, argv, started)
         shutil.rmtree(work / f"run-{name}", ignore_errors=True)
-        if "images_per_second" in row:
-            speed = row["images_per_second"] * results["tflop_per_image"]
-            row["share_of_ceiling"] = speed / results["ceiling_tflops"]
-        results["rows"][name] = row
-        base = results["rows"].get(BASE, {}).get("images_per_second")
-        for row in results["rows"].values():
-            if base and "images_per_second" in row:
-                row["ratio"] = row["images_per_second"] / base
+        base = rows.get(BASE, {}).get("images_per_second")
+        for row in rows.values():
+            if "images_per_second" in row:
+                row |= {"ratio": row["images_per_second"] / base} if base else {}
+                tflops = row["images_per_second"] * results["tflop_per_image"]
+                row["share_of_ceiling"] = tflops / results["ceiling_tflops"]
         file.write_text(json.dumps(results, indent=2))
-        print(f"{name}, {time.time() - started:.0f} s: {results['rows'][name]}", file=sys.stderr, flush=True)
+        print(f"{name}, {time.time() - started:.0f} s: {rows[name]}", file=sys.stderr, flush=True)
     print(make_table(results))
 
 

@@ -4,10 +4,12 @@ at which its process was started, and returns named numbers."""
 
 import argparse
 import contextlib
+import itertools
 import math
 import platform
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,26 +21,21 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import train_text_to_image_prior as script
 
 
 # ------------------------------------------------------------------------------------------------- the limits
 def tflop_per_image(prior: dict, side: int, tokens: int = 77) -> float:
-    """Floating point operations, in 10^12, to train a WuerstchenPrior of this config on one image, whose
-    latents are side x side, if nothing is computed twice.
+    """10^12 floating point operations to train a WuerstchenPrior of this config on one image, whose latents
+    are side x side, if nothing is computed twice. Elementwise operations are not counted.
 
-    A layer that computes m numbers from n costs m * n multiply-adds at each position it is applied to. Of the
-    `depth` blocks of c channels, at each of the side * side positions: a depthwise 3 x 3 convolution (9 c),
-    two layers to four times the channels and back (4 + 4 c^2), query, key, value and output (4 c^2), and
-    attention, which compares a position with all positions and tokens and then averages those (2 c each). At
-    each token: the mapper to c channels, key and value (3 c^2). Once: the timestep's scale and shift (2 c *
-    c_r). Before and after the blocks a position goes from c_in channels to c and back to 2 c_in, and a token
-    from c_cond to c and then to c. Elementwise operations are not counted.
-
-    A multiply-add is two operations; the backward pass does each twice, for the gradient of the input and of
-    the weight (or of either factor, in attention). That makes six.
+    A layer from n to m numbers costs m * n multiply-adds at each position. A block has at each position of
+    the latents a depthwise 3 x 3 convolution (9 c), two layers to four times the channels and back (4 + 4
+    c^2), query, key, value and output (4 c^2), and attention, which compares a position with all positions
+    and tokens and averages those (2 c each); at each token the mapper, key and value (3 c^2); once the
+    timestep's scale and shift (2 c * c_r). A multiply-add is two operations, and the backward pass does each
+    twice. That makes six.
     """
     c, positions = prior["c"], side * side
     per_position = 9 * c + 12 * c**2 + 2 * c * (positions + tokens)
@@ -69,18 +66,14 @@ def measure_ceiling(size) -> dict:
 # --------------------------------------------------------------------------------------------------- training
 def speeds(args: argparse.Namespace, ends: list[float], num_timed: int) -> dict:
     """images/s of the last `num_timed` steps, which ended at these times: of all together, and the median."""
-    images = args.train_batch_size * args.gradient_accumulation_steps
-    times = np.diff(ends[-num_timed - 1 :])
-    return {
-        "images_per_second": images * num_timed / times.sum(),
-        "median": images / statistics.median(times),
-    }
+    images, times = args.train_batch_size * args.gradient_accumulation_steps, np.diff(ends[-num_timed - 1 :])
+    return {"images_per_second": images * num_timed / times.sum(), "median": images / np.median(times)}
 
 
 def time_script(size, argv: list[str], started: float) -> dict:
     """The script's own `main`. Without saving: the time to write 12 GB to a disk is not of interest."""
-    script.save_pipeline = script.save_model_card = lambda *_, **__: None
-    script.Validator.log_validation = lambda *_: None
+    for name in ("log_validation", "save_checkpoint", "save_pipeline", "save_model_card"):
+        setattr(script, name, lambda *_: None)
     log_metrics, ends = script.log_metrics, []
 
     def log_and_time(*arguments):
@@ -90,7 +83,7 @@ def time_script(size, argv: list[str], started: float) -> dict:
     script.log_metrics = log_and_time
     script.main(argv)
     args, num_timed = script.parse_args(argv), size.steps[1]
-    steps = script.read_metrics(Path(args.output_dir))[-num_timed:]
+    steps = script.read_metrics(Path(args.output_dir), "train_loss")[-num_timed:]
     return speeds(args, ends, num_timed) | {
         "median": statistics.median(step["images_per_second"] for step in steps),
         "first_step_s": ends[0] - started,
@@ -148,10 +141,7 @@ def time_checkpointing(size, argv: list[str], started: float) -> dict:
         pred_noise.float().square().mean().backward()
 
     for name, autocast_handler in (("none", None), ("default autocast", default_autocast), ("ours", None)):
-        if name == "none":
-            prior.disable_gradient_checkpointing()
-        else:
-            prior.enable_gradient_checkpointing()
+        prior.disable_gradient_checkpointing() if name == "none" else prior.enable_gradient_checkpointing()
         for _ in range(3):
             micro_step(autocast_handler)
         if cuda:
@@ -168,67 +158,56 @@ def set_up(argv: list[str]) -> SimpleNamespace:
     """What `main` has before it trains, and the first batch of the data, on the device."""
     args = script.parse_args(argv)
     accelerator = script.setup_accelerator(args)
-    device = accelerator.device
-    rows = script.choose_sizes(script.load_train_dataset(args), args, rows_hash="")
-    tokenizer = script.load_tokenizer(args)
-    text_encoder, image_encoder = script.load_encoders(args, script.frozen_dtype(accelerator), device)
-    preprocess = script.make_preprocess(args, tokenizer, empty_embeds=None, train=True)
-    samples = script.SampleDataset(rows, preprocess, args.seed, skip_bad_rows=False)
-    batch = script.collate_fn([samples[row, row] for row in range(args.train_batch_size)])
-    (batch,) = script.iterate_batches([batch], device, skipped_rows=set(), signals=[])
-    return SimpleNamespace(
-        args=args,
-        accelerator=accelerator,
-        rows=rows,
-        preprocess=preprocess,
-        batch=batch,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        image_encoder=image_encoder,
-        prior=script.load_prior(args, None, text_encoder, image_encoder).to(device),
-    )
+    tokenizer = script.load_model(args, script.PRIOR_FLAG, script.CLIPTokenizerFast, "tokenizer")
+    dataset, _, rows_hash = script.check_rows(script.load_train_dataset(args), args)
+    encoders = script.load_encoders(args, accelerator)
+    prior = script.load_prior(args, None, *encoders).to(accelerator.device)
+    run = SimpleNamespace(args=args, accelerator=accelerator, tokenizer=tokenizer, dataset=dataset)
+    vars(run).update(rows_hash=rows_hash, encoders=encoders, prior=prior)
+    run.preprocess = partial(script.preprocess_train, args=args, tokenizer=tokenizer)
+    first = [(row, row) for row in range(args.train_batch_size)]
+    run.batch = next(load(run, dataset, run.preprocess, [first], workers=0))
+    return run
 
 
 def encode(run: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
     """The latents and embeddings of the first batch."""
-    return script.encode_batch(run.batch, run.text_encoder, run.image_encoder)
+    return script.encode_batch(run.batch, *run.encoders)
 
 
-def cache(run: SimpleNamespace, rows: script.SizedRows) -> script.SizedRows:
+def make_sizes(run: SimpleNamespace, dataset: datasets.Dataset) -> np.ndarray:
+    return np.full((len(dataset), 2), run.args.resolution)
+
+
+def load(run: SimpleNamespace, dataset, preprocess: Callable, batches, workers: int):
+    """The script's iterator of batches, read by so many workers and copied to the device."""
+    args = argparse.Namespace(**vars(run.args) | {"dataloader_num_workers": workers})
+    sizes, rows = make_sizes(run, dataset), np.arange(len(dataset))
+    device = run.accelerator.device
+    return script.load_batches(args, device, [], dataset, sizes, preprocess, rows, batches, train=True)
+
+
+def cache(run: SimpleNamespace, dataset: datasets.Dataset) -> datasets.Dataset:
     """The rows as --cache_latents has them."""
-    return script.cache_latents(
-        run.accelerator, rows, run.args, run.tokenizer, run.text_encoder, run.image_encoder
-    )
+    load = partial(script.load_batches, run.args, run.accelerator.device, [])
+    models = (run.rows_hash, run.args, run.tokenizer, *run.encoders)
+    return script.cache_latents(load, dataset, make_sizes(run, dataset), *models)
 
 
-def repeat_rows(rows: script.SizedRows, num_rows: int) -> script.SizedRows:
+def repeat_rows(dataset: datasets.Dataset, num_rows: int) -> datasets.Dataset:
     """The same files again and again, up to a number of rows."""
-    repeats = math.ceil(num_rows / len(rows))
-    repeated = datasets.concatenate_datasets([rows.dataset] * repeats)
-    return script.SizedRows(repeated, rows.sizes, np.tile(rows.buckets, repeats)).select(range(num_rows))
+    repeated = datasets.concatenate_datasets([dataset] * math.ceil(num_rows / len(dataset)))
+    return repeated.select(range(num_rows))
 
 
-def read_batches(
-    run: SimpleNamespace, rows: script.SizedRows, preprocess: Callable, size, workers: int
-) -> list[float]:
+def read_batches(run: SimpleNamespace, dataset, preprocess: Callable, size, workers: int) -> list[float]:
     """ms to read the very first micro-batch, and then each of the timed ones, with the script's data
     loader."""
-    args = argparse.Namespace(**vars(run.args) | {"dataloader_num_workers": workers})
-    plan = script.SamplePlan(
-        seed=args.seed,
-        num_rows=len(rows),
-        rows_hash="",
-        num_processes=1,
-        train_batch_size=args.train_batch_size,
-        gradient_accumulation_steps=1,
-    )
-    batches = script.SampleOrder(rows, plan).train_batches(0, 0, sum(size.batches))
-    dataloader = script.make_dataloader(rows, preprocess, batches, args, run.accelerator.device)
-    dataloader.timeout = 0  # of `iterate_batches`, which also copies to the device
+    rows, sizes = np.arange(len(dataset)), make_sizes(run, dataset)
+    batches = script.order_batches(rows, sizes, run.args, run.accelerator, first_step=0)
+    batches = itertools.islice(batches, sum(size.batches))
     ends = [time.perf_counter()]
-    for batch in dataloader:
-        assert "error" not in batch, batch
-        ends.append(time.perf_counter())
+    ends += [time.perf_counter() for _ in load(run, dataset, preprocess, batches, workers)]
     times = np.diff(ends) * 1000
     return [times[0], *times[size.batches[0] :]]
 
@@ -236,28 +215,24 @@ def read_batches(
 def time_encoding(size, argv: list[str], started: float) -> dict:
     """Rows/s of the pass over the data that --cache_latents makes, and of each of its two halves alone."""
     run, num_rows = set_up(argv), size.encoded_rows
-    rows = repeat_rows(run.rows, num_rows)
-    models = (run.tokenizer, run.text_encoder, run.image_encoder)
-    dataloader = DataLoader(
-        script.RowDataset(rows, run.args),
-        batch_size=script.CACHE_BATCH_SIZE,
-        collate_fn=script.collate_rows,
-        num_workers=run.args.dataloader_num_workers,
-    )
+    dataset = repeat_rows(run.dataset, num_rows)
+    sizes = make_sizes(run, dataset)
+    models = (run.rows_hash, run.args, run.tokenizer, *run.encoders)
 
     def encode_batches(num_batches: int):
         for _ in range(num_batches):
             encode(run)
 
     def read():
-        for batch in dataloader:
-            assert not any(batch["errors"])
+        batches = script.group_by_size(range(num_rows), sizes, script.CACHE_BATCH_SIZE)
+        batches = load(run, dataset, partial(script.preprocess_row, args=run.args), batches, size.workers)
+        deque(batches, maxlen=0)
 
     encode_batches(2)
     num_batches = num_rows // script.CACHE_BATCH_SIZE
     return {
-        "--cache_latents, rows/s": num_rows / seconds(cache, run, rows),
-        "of that, hashing the weights, s": seconds(script.cache_key, rows, run.args, *models),
+        "--cache_latents, rows/s": num_rows / seconds(cache, run, dataset),
+        "of that, hashing the weights, s": seconds(script.cache_key, dataset, sizes, *models),
         "encoders alone, pixels on the device, rows/s": num_rows / seconds(encode_batches, num_batches),
         f"reading JPEGs alone, {size.workers} workers, rows/s": num_rows / seconds(read),
     }
@@ -266,7 +241,7 @@ def time_encoding(size, argv: list[str], started: float) -> dict:
 def time_loader(size, argv: list[str], started: float) -> dict:
     """images/s of the data loader that reads images, if nothing waits for them."""
     run = set_up(argv)
-    _, *times = read_batches(run, run.rows, run.preprocess, size, size.workers)
+    _, *times = read_batches(run, run.dataset, run.preprocess, size, size.workers)
     speed = run.args.train_batch_size * len(times) / sum(times) * 1000
     return {f"loader without a cache, {size.workers} workers, images/s": speed}
 
@@ -275,13 +250,9 @@ def time_growth(size, argv: list[str], started: float) -> dict:
     """ms to read a batch of few and of many cached rows. The many are the same files mapped again and again,
     so this measures how rows are found, not a disk."""
     run, found = set_up(argv), {}
-    cached = cache(run, run.rows)
-    (empty_embeds,) = script.embed_prompts([""], run.tokenizer, run.text_encoder)
-    preprocess = partial(
-        script.preprocess_cached,
-        empty_embeds=empty_embeds[0].cpu(),
-        caption_dropout=run.args.caption_dropout,
-    )
+    cached = cache(run, run.dataset)
+    empty = script.embed_captions(script.tokenize_captions([""], run.tokenizer), run.encoders[0])
+    preprocess = partial(script.preprocess_cached, args=run.args, empty_embeds=empty[0].cpu())
     for num_rows in size.cached_rows:
         first, *later = read_batches(run, repeat_rows(cached, num_rows), preprocess, size, workers=0)
         found[f"a batch from {num_rows:,} cached rows, ms"] = statistics.median(later)

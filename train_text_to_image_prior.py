@@ -1822,6 +1822,7 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
             "WORLD_SIZE: each process would train alone, without a GPU; set ACCELERATE_USE_CPU=true"
         )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it lists requests, with signed URLs
     diffusers.utils.logging.set_verbosity_error()  # it warns that the Würstchen pipelines are deprecated
     diffusers.utils.logging.disable_progress_bar()
     # DDP's, about dimensions of size 1, whose strides have no meaning.
@@ -2102,6 +2103,8 @@ def check_destinations(args: argparse.Namespace) -> str:
     repo_id, token = args.hub_model_id or args.output_dir.resolve().name, args.hub_token
     if args.push_to_hub:
         with explain_errors(args, "hub_model_id"):
+            if not (token or hub.get_token()):
+                raise ValueError("there is no token: log in with `hf auth login`")
             private = args.hub_private_repo or None
             repo_id = hub.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
             # Asks how a file would be uploaded, which a read-only token must not. Nothing is uploaded.

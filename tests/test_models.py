@@ -100,20 +100,10 @@ def test_an_optimizer_follows_its_formula(optimizer, formula, steps, tolerance):
         assert (weight - expected).norm() < tolerance * (expected - begun).norm(), weight.shape
 
 
-ADAFACTOR = {
-    "optimizer": "adafactor",
-    "train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "max_train_samples": 10,
-    "max_train_steps": 5,
-    "checkpointing_steps": 1,
-    "adam_weight_decay": 0.1,
-    "lr_scheduler": "cosine",
-    "lr_warmup_steps": 2,
-    "learning_rate": 1e-3,
-    "use_ema": True,
-    "offload_ema": True,
-}
+ADAFACTOR = {"optimizer": "adafactor", "adam_weight_decay": 0.1, "learning_rate": 1e-3, "use_ema": True}
+ADAFACTOR |= {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_samples": 10}
+ADAFACTOR |= {"max_train_steps": 5, "checkpointing_steps": 1, "lr_scheduler": "cosine", "lr_warmup_steps": 2}
+ADAFACTOR |= {"offload_ema": True}
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -226,29 +216,24 @@ def make_two_groups(file):
 
         torch.optim.AdamW.step = step_and_record
         settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        return torch.optim.AdamW(
-            groups, lr=args.learning_rate, weight_decay=args.adam_weight_decay, **settings
-        )
+        settings |= {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+        return torch.optim.AdamW(groups, **settings)
 
     script.make_optimizer = make_optimizer
 
 
 def test_parameter_groups_keep_their_own_rates_and_decays_also_after_resuming(train, models, tmp_path):
     """Flags that change on resuming apply to the group that has its settings from them."""
-    train, file = (
-        functools.partial(train, functools.partial(make_two_groups, tmp_path / "file")),
-        tmp_path / "file",
-    )
+    file = tmp_path / "gradients.pt"
+    train = functools.partial(train, functools.partial(make_two_groups, file))
     run = train(**GROUPS)
     assert run.returncode == 0, run
     gradients = torch.load(file)
     assert_continues_as(resumed(train, run, 2, tmp_path / "same", **GROUPS), run, 2, 4)
     changed = resumed(train, run, 2, tmp_path / "changed", **GROUPS | {"learning_rate": 4e-3})
     before, factors = load_weights(models / "prior" / "prior"), [0, 1, 2 / 3, 1 / 3]
-    for trained, of_steps, rate in (
-        (run, gradients, 1e-3),
-        (changed, gradients[:2] + torch.load(file), 4e-3),
-    ):
+    later = gradients[:2] + torch.load(file)
+    for trained, of_steps, rate in ((run, gradients, 1e-3), (changed, later, 4e-3)):
         for own in (False, True):
             peaks, decay = ([OWN_RATE] * 4, OWN_DECAY) if own else ([1e-3, 1e-3, rate, rate], 0.1)
             rates = [factor * peak for factor, peak in zip(factors, peaks, strict=True)]
@@ -262,16 +247,8 @@ def test_parameter_groups_keep_their_own_rates_and_decays_also_after_resuming(tr
 # ------------------------------------------------------------------------------- the average and frozen parts
 
 # Six samples a step, ten rows: epochs end within steps 2, 4 and 7, and with step 5.
-AVERAGED = {
-    "train_batch_size": 2,
-    "gradient_accumulation_steps": 3,
-    "max_train_samples": 10,
-    "max_train_steps": 7,
-    "checkpointing_steps": 1,
-    "use_ema": True,
-    "learning_rate": 1e-3,
-    "record": True,
-}
+AVERAGED = {"train_batch_size": 2, "gradient_accumulation_steps": 3, "max_train_samples": 10, "record": True}
+AVERAGED |= {"max_train_steps": 7, "checkpointing_steps": 1, "use_ema": True, "learning_rate": 1e-3}
 
 
 def test_the_average_follows_its_recursion(train):
@@ -293,11 +270,10 @@ def test_all_weights_of_the_prior_are_trained_and_none_of_the_encoders(train, mo
     before, after = load_weights(models / "prior" / "prior"), run.prior(7)
     assert before.keys() == after.keys()
     assert [name for name in before if torch.equal(before[name], after[name])] == []
-    frozen, encoders = run.record["frozen"], {"image_encoder": script.EfficientNetEncoder}
-    image_encoder = encoders["image_encoder"].from_pretrained(models / "encoder")
+    image_encoder = script.EfficientNetEncoder.from_pretrained(models / "encoder")
     text_encoder = script.CLIPTextModel.from_pretrained(models / "prior" / "text_encoder")
-    assert same_weights(frozen["image_encoder"], image_encoder.state_dict()), "batch statistics included"
-    assert same_weights(frozen["text_encoder"], text_encoder.state_dict())
+    for name, encoder in (("image_encoder", image_encoder), ("text_encoder", text_encoder)):
+        assert same_weights(run.record["frozen"][name], encoder.state_dict()), "batch statistics included"
     for step in run.record["steps"]:
         assert not step["image_encoder_training"] and not step["text_encoder_training"]
 

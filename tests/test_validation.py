@@ -26,26 +26,12 @@ wuerstchen = script.wuerstchen
 PROMPTS = ["a red apple", "an owl at night 🦉", "雪の結晶"]
 NUM_ROWS, HELD_OUT = 14, 6
 # An epoch is two steps of eight samples. Held-out rows come in batches of four and of two.
-RUN = {
-    "train_batch_size": 4,
-    "max_train_steps": 7,
-    "checkpointing_steps": 2,
-    "learning_rate": 3e-4,
-    "random_flip": True,
-    "caption_dropout": 0.5,
-    "validation_prompts": PROMPTS,
-    "validation_steps": 2,
-    "validation_split": HELD_OUT,
-}
+RUN = {"train_batch_size": 4, "max_train_steps": 7, "checkpointing_steps": 2, "learning_rate": 3e-4}
+RUN |= {"random_flip": True, "caption_dropout": 0.5, "validation_prompts": PROMPTS}
+RUN |= {"validation_steps": 2, "validation_split": HELD_OUT}
 WITH_EMA = RUN | {"use_ema": True, "loss_weighting": "p2", "report_to": "tensorboard,wandb", "record": True}
 VALIDATED = [0, 2, 4, 6, 7]
-RANKS = RUN | {
-    "train_batch_size": 2,
-    "max_train_steps": 4,
-    "checkpointing_steps": 2,
-    "validation_split": 0.4,
-    "report_to": "none",
-}
+RANKS = RUN | {"train_batch_size": 2, "max_train_steps": 4, "validation_split": 0.4, "report_to": "none"}
 BANDS = [f"val_loss_t{start}" for start in (0.0, 0.25, 0.5, 0.75)]
 MEAN, STD = (torch.tensor(n).view(3, 1, 1) for n in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 

@@ -1,0 +1,673 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What --cache_latents keeps on disk, when it is made anew, and that training on it equals training without
+it."""
+
+import copy
+import functools
+import gc
+import hashlib
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import threading
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from conftest import assert_continues_as, resumed, same_weights
+from datasets.table import MemoryMappedTable
+from PIL import Image
+from tiny_models import read_images
+from transformers import CLIPTextModel, CLIPTokenizerFast
+
+import train_text_to_image_prior as script
+
+# Ten rows of two captions each; epochs end inside steps 2, 4 and 7 and with step 5. 72 pixels make 3 x 3
+# latents.
+LISTS = {
+    "train_batch_size": 2,
+    "gradient_accumulation_steps": 3,
+    "max_train_samples": 10,
+    "max_train_steps": 7,
+    "checkpointing_steps": 1,
+    "use_ema": True,
+    "caption_column": "captions",
+    "caption_dropout": 0.25,
+    "resolution": 72,
+    "learning_rate": 1e-3,
+}
+ONE_STEP = {"max_train_steps": 1, "train_batch_size": 2, "cache_latents": True}
+# All 64 rows, each once.
+FOUR_SHARDS = {"max_train_steps": 8, "train_batch_size": 8, "checkpointing_steps": 8, "learning_rate": 1e-3}
+
+
+# ----------------------------------------------------------------------- what is recorded in the forked child
+
+
+def record_encoders(folder, on_batch=None):
+    """Writes what the encoders receive to a file in `folder`. `on_batch` is called after each batch of images
+    with their number so far."""
+    encode_images, encode_text = script.EfficientNetEncoder.forward, CLIPTextModel.forward
+    batches = []
+
+    def record(kind, samples):
+        digests = [hashlib.sha256(sample.numpy().tobytes()).hexdigest() for sample in samples]
+        with open(folder / f"{os.getpid()}", "a") as file:
+            print(json.dumps([kind, digests]), file=file)
+
+    def recorded_images(self, pixels):
+        record("images", pixels.float())
+        batches.append(len(pixels))
+        if on_batch is not None:
+            on_batch(len(batches))
+        return encode_images(self, pixels)
+
+    def recorded_text(self, input_ids, *args, **kwargs):
+        record("texts", input_ids)
+        return encode_text(self, input_ids, *args, **kwargs)
+
+    script.EfficientNetEncoder.forward, CLIPTextModel.forward = recorded_images, recorded_text
+
+
+class Encoded:
+    """What the encoders received, batch by batch, as digests."""
+
+    def __init__(self, folder):
+        (file,) = folder.iterdir()  # of one process
+        self.received = [json.loads(line) for line in file.read_text().splitlines()]
+
+    def batches(self, kind):
+        return [digests for what, digests in self.received if what == kind]
+
+    def all(self, kind):
+        return [digest for batch in self.batches(kind) for digest in batch]
+
+
+@pytest.fixture
+def recorded_train(train, tmp_path_factory):
+    """recorded_train(patch=None, on_batch=None, **flags): a new Run and what its encoders received."""
+
+    def run(patch=None, on_batch=None, **flags):
+        folder = tmp_path_factory.mktemp("encoded")
+        done = train(
+            functools.partial(call_both, functools.partial(record_encoders, folder, on_batch), patch), **flags
+        )
+        return done, Encoded(folder)
+
+    return run
+
+
+def call_both(first, second):
+    first()
+    if second is not None:
+        second()
+
+
+def small_shards():
+    script.CACHE_BATCH_SIZE, script.CACHE_SHARD_SIZE = 8, 16
+
+
+def image_digests(folder, resolution=64):
+    """The digests, as in Encoded, of a folder's images in the order of their names."""
+    return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in read_images(folder, resolution)]
+
+
+def copy_images(images, folder, count=10):
+    """A copy of the first images with their metadata; returns the rows."""
+    folder.mkdir()
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()[:count]]
+    for row in rows:
+        shutil.copy(images / row["file_name"], folder)
+    write_rows(folder, rows)
+    return rows
+
+
+def write_rows(folder, rows):
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def cache_files(folder):
+    return sorted(folder.glob("wuerstchen_latents/*/*.arrow"))
+
+
+def relative_difference(run, other, name):
+    """The largest difference of a tensor between two runs, as a share of its largest value."""
+    one, two = run.all(name).double(), other.all(name).double()
+    return ((one - two).abs().max() / two.abs().max()).item()
+
+
+# ------------------------------------------------------------------------------ training as without the cache
+
+
+@pytest.mark.parametrize(
+    ("precision", "rounding"), [("no", 1e-5), pytest.param("bf16", 2**-6, marks=pytest.mark.slow)]
+)
+def test_every_step_is_that_of_the_uncached_run(train, tmp_path, precision, rounding):
+    """With lists of captions, caption dropout, accumulation and held-out rows."""
+    flags = LISTS | {"mixed_precision": precision, "validation_split": 2, "validation_steps": 3}
+    flags |= {"record": True}
+    plain, cached = train(**flags), train(**flags, cache_latents=True, cache_dir=tmp_path)
+    assert plain.returncode == cached.returncode == 0, (plain, cached)
+    assert len(plain.record["steps"]) == len(cached.record["steps"]) == 21
+    for name in ("noise", "timesteps"):
+        assert torch.equal(plain.all(name), cached.all(name)), name
+    for one, other in zip(plain.record["steps"], cached.record["steps"], strict=True):
+        for name in ("image_embeds", "prompt_embeds", "noisy"):
+            assert one[name].dtype == other[name].dtype
+            assert one[name].shape == other[name].shape
+    for name in ("image_embeds", "prompt_embeds"):
+        assert relative_difference(cached, plain, name) < rounding, name
+    for name in ("train_loss", "grad_norm", "val_loss"):
+        expected, got = plain.losses(name), cached.losses(name)
+        assert expected.keys() == got.keys() and len(expected) >= 3
+        assert got == pytest.approx(expected, rel=10 * rounding if name == "grad_norm" else rounding)
+    assert plain.losses("lr") == cached.losses("lr")
+
+    texts = [tuple(ids.tolist()) for ids in plain.all("ids")]
+    assert 12 < len(set(texts)) <= 17, "both captions of most of the eight rows, and the empty one"
+    empty = [i for i, ids in enumerate(texts) if ids[0] + 1 == ids[1]]  # the start token, then the end token
+    assert 3 < len(empty) < 24
+    assert len({cached.all("prompt_embeds")[i].float().numpy().tobytes() for i in empty}) == 1
+
+
+def test_all_rows_are_encoded_once_in_large_batches_and_the_raw_output_is_kept(
+    recorded_train, models, images, tmp_path
+):
+    flags = LISTS | {"max_train_samples": None, "max_train_steps": 20, "checkpointing_steps": 20}
+    run, encoded = recorded_train(**flags, cache_latents=True, cache_dir=tmp_path)
+    assert run.returncode == 0, run
+    assert [len(batch) for batch in encoded.batches("images")] == [32, 32]
+    assert sorted(encoded.all("images")) == sorted(image_digests(images, 72))
+    assert sorted(map(len, encoded.batches("texts"))) == [1, 64, 64], "two captions a row, and the empty one"
+    bars = [line for line in run.output.replace("\r", "\n").splitlines() if line.startswith("Encoding")]
+    assert bars and bars[-1].startswith("Encoding: 100%") and "64/64" in bars[-1], run
+
+    (file,) = cache_files(tmp_path)
+    cached = datasets.Dataset.from_file(str(file)).sort("position")
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    assert cached["row"][:] == list(range(64)) == list(range(len(rows)))
+    image_encoder = script.EfficientNetEncoder.from_pretrained(models / "encoder").eval()
+    text_encoder = models / "prior" / "text_encoder"
+    text_encoder = CLIPTextModel.from_pretrained(text_encoder, attn_implementation="eager").eval()
+    tokenizer = CLIPTokenizerFast.from_pretrained(models / "prior" / "tokenizer")
+    differences = []
+    with torch.no_grad():
+        for row, image, entry in zip(rows, read_images(images, 72), cached, strict=True):
+            features = image_encoder.mapper(image_encoder.backbone(image[None]))
+            latents = torch.frombuffer(bytearray(entry["latents"]), dtype=torch.float32).view(1, 16, 3, 3)
+            differences.append((latents - features).abs().max().item())
+            assert len(entry["prompt_embeds"]) == len(row["captions"]) == 2
+            for caption, value in zip(row["captions"], entry["prompt_embeds"], strict=True):
+                tokens = tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt")
+                expected = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+                embeds = torch.frombuffer(bytearray(value), dtype=torch.float32).view(1, 77, 32)
+                assert torch.allclose(embeds, expected, atol=1e-5)
+    assert max(differences) < 1e-4 * 42, "not scaled: the latents' deviation is 42"
+
+
+@pytest.mark.slow
+def test_both_encoders_are_freed_before_training(train, tmp_path):
+    flags = {"max_train_steps": 1, "validation_prompts": ["a red apple"], "cache_dir": tmp_path / "cache"}
+    for cached, expected in ((False, ["CLIPTextModel", "EfficientNetEncoder"]), (True, [])):
+        run = train(
+            functools.partial(record_alive_encoders, file := tmp_path / "alive"),
+            **flags,
+            cache_latents=cached,
+        )
+        assert run.returncode == 0, run
+        assert json.loads(file.read_text()) == expected
+
+
+def record_alive_encoders(file):
+    """Writes to `file` which encoders still exist when the loss is computed."""
+    gc.disable()  # on a device their memory must be free at once, not when Python looks for cycles
+    load_encoders, diffusion_loss, encoders = script.load_encoders, script.diffusion_loss, []
+
+    def recorded_load(*args):
+        models = load_encoders(*args)
+        encoders.extend(map(weakref.ref, models))
+        return models
+
+    def recorded_loss(*args):
+        names = (type(model()).__name__ for model in encoders if model() is not None)
+        file.write_text(json.dumps(sorted(names)))
+        return diffusion_loss(*args)
+
+    script.load_encoders, script.diffusion_loss = recorded_load, recorded_loss
+
+
+@pytest.mark.parametrize(
+    "step", [2, pytest.param(5, marks=pytest.mark.slow)], ids=["within an epoch", "at an epoch's end"]
+)
+def test_a_resumed_run_over_a_cache_has_the_same_bits_and_encodes_nothing(
+    recorded_train, train, tmp_path_factory, tmp_path, step
+):
+    """Also with worker processes."""
+    cache = tmp_path_factory.getbasetemp() / "cache-of-resumed"
+    flags = LISTS | {"cache_latents": True, "cache_dir": cache, "record": True, "report_to": "tensorboard"}
+    run, received = train(**flags), []
+    assert run.returncode == 0, run
+
+    def recorded_once(**flags):
+        done, encoded = recorded_train(**flags)
+        received.append(encoded)
+        return done
+
+    again = resumed(recorded_once, run, step, tmp_path, **flags, dataloader_num_workers=2 * (step == 5))
+    assert received[0].all("images") == []
+    assert len(again.record["steps"]) == 3 * (7 - step)
+    for name in ("image_embeds", "prompt_embeds", "noise", "timesteps"):
+        assert torch.equal(again.all(name), run.all(name)[6 * step :]), name
+    assert_continues_as(again, run, step, 7)
+
+
+# -------------------------------------------------------------------------------- when the cache is made anew
+
+
+@pytest.fixture(scope="module")
+def table(images, tmp_path_factory):
+    """A folder with one Parquet file of eight rows, with two columns of images and two of captions."""
+    folder = tmp_path_factory.mktemp("table")
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()[:8]]
+    files = [{"bytes": (images / row["file_name"]).read_bytes(), "path": row["file_name"]} for row in rows]
+    columns = {"image": files, "other_image": files[::-1]}
+    columns |= {name: [row[name] for row in rows] for name in ("text", "captions")}
+    dataset = datasets.Dataset.from_dict(columns)
+    for name in ("image", "other_image"):
+        dataset = dataset.cast_column(name, datasets.Image())
+    dataset.to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def key_of(models, table):
+    """key_of(change=None, models=models, **flags): the key of a run with these flags. `change`
+    is called with a copy of the tokenizer and the encoders."""
+
+    @functools.cache
+    def load_tools(models, mixed_precision):
+        flags = {"pretrained_prior_model_name_or_path": models / "prior", "cache_dir": None}
+        args = SimpleNamespace(**flags, pretrained_image_encoder_name_or_path=models / "encoder")
+        accelerator = {"device": torch.device("cpu"), "native_amp": True, "mixed_precision": mixed_precision}
+        tokenizer = CLIPTokenizerFast.from_pretrained(models / "prior" / "tokenizer")
+        return tokenizer, *script.load_encoders(args, SimpleNamespace(**accelerator))
+
+    def key_of(change=None, models=models, new_flag="photo of", **flags):
+        settings = {"train_data_dir": table, "resolution": 64, "seed": 0} | flags
+        argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
+        args = script.parse_args(argv)
+        args.new_flag = new_flag  # as an edit adds one
+        dataset, _, rows_hash = script.check_rows(script.load_train_dataset(args), args)
+        sizes = np.full((len(dataset), 2), args.resolution)
+        tools = load_tools(models, args.mixed_precision)
+        if change is not None:
+            change(*(tools := copy.deepcopy(tools)))
+        return script.cache_key(dataset, sizes, rows_hash, args, *tools)
+
+    return key_of
+
+
+def change_activation(model):
+    name, _ = next(item for item in model.named_modules() if item[0].endswith("activation_fn"))
+    model.set_submodule(name, torch.nn.GELU())
+
+
+CHANGES = {
+    "resolution": {"resolution": 96},
+    "dtype": {"mixed_precision": "bf16"},
+    "captions": {"caption_column": "captions"},
+    "images": {"image_column": "other_image"},
+    "number of rows": {"max_train_samples": 7},
+    "image encoder": {"change": lambda _, text, image: image.mapper[1].bias.data[0].add_(1e-3)},
+    "text encoder": {"change": lambda _, text, image: next(text.parameters()).data[0, 0].add_(1e-3)},
+    "activation": {"change": lambda _, text, image: change_activation(text)},
+    "length of tokens": {"change": lambda tokenizer, *_: setattr(tokenizer, "model_max_length", 60)},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_the_encoded_rows_depend_on_changes_the_key(key_of, name):
+    assert key_of(**CHANGES[name]) != key_of()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"seed": 5, "train_batch_size": 3, "caption_dropout": 0.5, "validation_split": 2},
+        {"skip_bad_rows": True, "dataloader_num_workers": 2, "loss_weighting": "p2", "use_ema": True},
+    ],
+    ids=["another order", "another training"],
+)
+def test_what_the_encoded_rows_do_not_depend_on_keeps_the_key(key_of, models, tmp_path, flags):
+    """Also for lists of captions, all of which are encoded, and for models that were moved."""
+    flags |= {"models": shutil.copytree(models, tmp_path / "moved")}
+    for column in ("text", "captions"):
+        keys = [key_of(caption_column=column), *(key_of(**flags, caption_column=column) for _ in range(3))]
+        assert len(set(keys)) == 1
+
+
+LIST_CAPTIONS, LOAD_IMAGE = script.list_captions, script.load_image
+MAKE_TRANSFORMS, TOKENIZE = script.make_image_transforms, script.tokenize_captions
+EDITS = {
+    "list_captions": lambda row, args: [f"{args.new_flag} {text}" for text in LIST_CAPTIONS(row, args)],
+    "load_image": lambda value: LOAD_IMAGE(value).convert("L").convert("RGB"),
+    "make_image_transforms": lambda size, _=(): lambda image: MAKE_TRANSFORMS(size)(image).flip(-1),
+    "tokenize_captions": lambda captions, tokenizer: TOKENIZE([text[1:] for text in captions], tokenizer),
+    "normalize_pixels": lambda pixels: pixels.float() / 127.5 - 1,
+    "embed_images": lambda pixels, image_encoder: image_encoder(pixels),
+    "embed_captions": lambda tokens, text_encoder: text_encoder(**tokens).hidden_states[-2],
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_that_changes_captions_pixels_or_outputs_changes_the_key(key_of, monkeypatch, name):
+    """Captions and pixels by what they are, so that a new flag counts if it changes them."""
+    before = key_of()
+    monkeypatch.setattr(script, name, EDITS[name])
+    edited = key_of()
+    assert edited != before
+    assert (key_of(new_flag="drawing of") != edited) == (name == "list_captions")
+
+
+@pytest.mark.parametrize("name", ["choose_caption", "diffusion_loss", "make_optimizer"])
+def test_an_edit_of_other_functions_keeps_the_key(key_of, monkeypatch, name):
+    before = key_of()
+    monkeypatch.setattr(script, name, lambda *args, **kwargs: None)
+    assert key_of() == before
+
+
+def rotate(file, orientation):
+    """Writes an image of 64 x 40 with an EXIF orientation. The file's size is always the same."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.linear_gradient("L").resize((64, 40)).convert("RGB").save(file, exif=exif)
+    return file.stat().st_size
+
+
+def test_a_run_encodes_anew_what_was_changed_in_place_and_otherwise_nothing(recorded_train, images, tmp_path):
+    """An image that is turned, its file's size as before, has its new shape."""
+    folder = tmp_path / "images"
+    rows = copy_images(images, folder, 4)
+    rows.append({"file_name": "turned.jpg", "text": "a gradient"})
+    write_rows(folder, rows)
+    size = rotate(folder / "turned.jpg", 1)
+    flags = ONE_STEP | {"train_data_dir": folder, "cache_dir": tmp_path / "cache", "resolution": 128}
+    flags |= {"aspect_ratio_buckets": True, "train_batch_size": 1}
+
+    def encode(**changed):
+        run, encoded = recorded_train(**flags | changed)
+        assert run.returncode == 0, run
+        bars = [line for line in run.output.replace("\r", "\n").splitlines() if "Encoding" in line]
+        assert "100%" in bars[-1] and "5/5" in bars[-1], "also if nothing is left to do"
+        return encoded.all("images"), [len(batch) for batch in encoded.batches("texts")]
+
+    first, _ = encode()
+    assert len(first) == 5
+    before = {path: path.stat().st_mtime_ns for path in cache_files(flags["cache_dir"])}
+    assert encode(seed=5, caption_dropout=0.5) == ([], [1]), "the empty caption"
+    assert before == {path: path.stat().st_mtime_ns for path in cache_files(flags["cache_dir"])}
+    assert rotate(folder / "turned.jpg", 6) == size
+    image = LOAD_IMAGE({"bytes": None, "path": folder / "turned.jpg"})
+    assert image.size == (40, 64)
+    pixels = script.normalize_pixels(MAKE_TRANSFORMS((160, 96))(image)[None])
+    second, _ = encode()
+    assert set(second) - set(first) == {hashlib.sha256(pixels[0].numpy().tobytes()).hexdigest()}
+    rows[1]["text"] = "something else"
+    write_rows(folder, rows)
+    assert sorted(encode()[0]) == sorted(second)
+    assert encode()[0] == []
+
+
+@pytest.mark.slow
+def test_a_fresh_process_finds_the_cache_of_another(train_fresh, recorded_train, images, tmp_path):
+    """Nothing in the key may depend on the process, such as the order of a set or an address."""
+    copy_images(images, tmp_path / "images")
+    flags = ONE_STEP | {"train_data_dir": tmp_path / "images", "caption_column": "captions"}
+    flags |= {"cache_dir": tmp_path / "cache"}
+    found = []
+    for seed in "12":
+        run = train_fresh(env={"PYTHONHASHSEED": seed}, **flags)
+        assert run.returncode == 0, run
+        found.append({path: path.stat().st_mtime_ns for path in cache_files(tmp_path / "cache")})
+    assert found[0] == found[1] and len(found[0]) == 1
+    run, encoded = recorded_train(**flags)
+    assert run.returncode == 0 and encoded.all("images") == [], run
+
+
+# ---------------------------------------------------------- passes that are interrupted, or share the work
+
+
+@pytest.fixture
+def uninterrupted_run(train, tmp_path_factory):
+    """A run over a cache of four shards that was made in one go."""
+    cache = tmp_path_factory.getbasetemp() / "cache-in-one-go"
+    run = train(small_shards, **FOUR_SHARDS, cache_latents=True, cache_dir=cache, record=True)
+    assert run.returncode == 0, run
+    run.cache = cache
+    return run
+
+
+def assert_completed(recorded_train, uninterrupted_run, images, cache, missing):
+    """Another run encodes only the missing rows, leaves no temporary file, and has the same bits as the
+    uninterrupted one."""
+    flags = FOUR_SHARDS | {"cache_latents": True, "cache_dir": cache, "record": True}
+    run, encoded = recorded_train(small_shards, **flags)
+    assert run.returncode == 0, run
+    assert encoded.all("images") == image_digests(images)[missing]
+    left = {path.suffix for path in cache.glob("wuerstchen_latents/**/*") if path.is_file()}
+    assert left in ({".arrow"}, {".arrow", ".lock"})
+    for name in ("image_embeds", "prompt_embeds"):
+        assert torch.equal(run.all(name), uninterrupted_run.all(name))
+    assert same_weights(run.prior(), uninterrupted_run.prior())
+
+
+def test_a_killed_pass_continues_at_the_missing_shard(recorded_train, uninterrupted_run, images, tmp_path):
+    def kill_in_third_shard(batches):
+        if batches == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    flags = FOUR_SHARDS | {"cache_latents": True, "cache_dir": tmp_path}
+    killed, encoded = recorded_train(small_shards, kill_in_third_shard, **flags)
+    assert killed.returncode == -signal.SIGKILL, killed
+    assert len(encoded.all("images")) == 48
+    assert_completed(recorded_train, uninterrupted_run, images, tmp_path, slice(32, 64))
+
+
+def test_a_truncated_file_is_made_anew(recorded_train, uninterrupted_run, images, tmp_path):
+    """As after a power failure. Cut between two batches of rows it looks complete to Arrow."""
+    shutil.copytree(uninterrupted_run.cache, tmp_path / "cache")
+    file = cache_files(tmp_path / "cache")[1]
+    with pyarrow.ipc.open_stream(file) as reader:
+        sizes = [batch.serialize().size for batch in reader]
+    os.truncate(file, file.stat().st_size - 8 - sizes[-1])  # eight bytes mark the end
+    assert len(datasets.Dataset.from_file(str(file))) == 8
+    assert_completed(recorded_train, uninterrupted_run, images, tmp_path / "cache", slice(16, 32))
+
+
+def fill_disk_in_third_shard(batches):
+    if batches == 5:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_with_space_the_pass_continues(
+    recorded_train, uninterrupted_run, images, tmp_path
+):
+    cache = tmp_path / "cache"
+    flags = FOUR_SHARDS | {"cache_latents": True, "cache_dir": cache}
+    full, _ = recorded_train(small_shards, fill_disk_in_third_shard, **flags)
+    assert full.returncode == 1 and "Traceback" not in full.output, full
+    line = full.output.splitlines()[-1]
+    assert f"--cache_dir={cache}" in line and "File too large" in line, full
+    assert not (full.folder / "prior_pipeline").exists()
+    assert_completed(recorded_train, uninterrupted_run, images, cache, slice(32, 64))
+
+
+@pytest.mark.slow
+def test_two_runs_at_the_same_time_share_one_pass(recorded_train, uninterrupted_run, images, tmp_path):
+    """The second one finds some shards, encodes others and waits for the rest."""
+    flags, runs = FOUR_SHARDS | {"cache_latents": True, "cache_dir": tmp_path / "cache"}, {}
+
+    def start(number):
+        runs[number] = recorded_train(small_shards, **flags)
+
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (first, one), (second, other) = runs.values()
+    assert first.returncode == second.returncode == 0, (first, second)
+    assert sorted(one.all("images") + other.all("images")) == sorted(image_digests(images)), "each once"
+    assert all(same_weights(run.prior(), uninterrupted_run.prior()) for run in (first, second))
+
+
+# --------------------------------------------------------------------------------------------------- bad rows
+
+
+@pytest.fixture(scope="module")
+def broken_images(images, tmp_path_factory):
+    """A folder of ten rows, of which rows 3 and 7 have truncated images; and the names of their files."""
+    folder = tmp_path_factory.mktemp("broken") / "images"
+    files = [row["file_name"] for row in copy_images(images, folder)]
+    for row in (3, 7):
+        os.truncate(folder / files[row], 900)
+    return folder, (files[3], files[7])
+
+
+def assert_names_row_3(run, file):
+    assert run.returncode == 1 and "Traceback" not in run.output, run
+    line = run.output.splitlines()[-1]
+    for words in ("row 3", file, "cannot be read: OSError", "--skip_bad_rows"):
+        assert words in line, run
+
+
+def set_sizes(batch_size, shard_size):
+    script.CACHE_BATCH_SIZE, script.CACHE_SHARD_SIZE = batch_size, shard_size
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch_size", "shard_size"),
+    [(0, 2, 10), pytest.param(2, 2, 2, marks=pytest.mark.slow)],
+    ids=["second batch", "second shard"],
+)
+def test_a_bad_row_ends_the_pass_in_one_line(train, broken_images, tmp_path, workers, batch_size, shard_size):
+    folder, (file, _) = broken_images
+    flags = ONE_STEP | {"train_data_dir": folder, "cache_dir": tmp_path, "dataloader_num_workers": workers}
+    assert_names_row_3(train(functools.partial(set_sizes, batch_size, shard_size), **flags), file)
+    assert len(cache_files(tmp_path)) == (shard_size == 2), "the first shard was complete"
+
+
+def test_bad_rows_are_replaced_and_named_in_each_run(recorded_train, images, broken_images, tmp_path):
+    """Without --skip_bad_rows a run refuses them, also if they were replaced before."""
+    folder, files = broken_images
+    good = np.delete(image_digests(images)[:10], (3, 7)).tolist()
+    flags = {"train_data_dir": folder, "max_train_steps": 5, "skip_bad_rows": True, "record": True}
+    flags |= {"cache_latents": True, "cache_dir": tmp_path, "learning_rate": 1e-3}
+    runs = [recorded_train(functools.partial(set_sizes, 3, 4), **flags) for _ in range(2)]
+    for run, _ in runs:
+        assert run.returncode == 0, run
+        skipped = sorted(line.split("Skipped ")[1] for line in run.output.splitlines() if "Skipped " in line)
+        assert len(skipped) == 2, "each is named once"
+        for line, row, file in zip(skipped, (3, 7), files, strict=True):
+            assert line.startswith(f"row {row}: ") and file in line
+    (first, encoded), (second, encoded_again) = runs
+    assert set(encoded.all("images")) == set(good) and len(encoded.all("images")) == 10
+    assert encoded_again.all("images") == []
+    assert same_weights(first.prior(), second.prior())
+    stopped, _ = recorded_train(**flags | {"skip_bad_rows": False})
+    assert_names_row_3(stopped, files[0])
+
+
+def fail_to_read(file):
+    def load_image(value):
+        if Path(value["path"]).name == file:
+            raise ValueError(f"the image ({file}) cannot be read: OSError: the network is down")
+        return LOAD_IMAGE(value)
+
+    script.load_image = load_image
+
+
+def test_a_row_that_could_not_be_read_is_encoded_as_soon_as_it_can(recorded_train, images, tmp_path):
+    """Though its file has not changed."""
+    folder = tmp_path / "images"
+    file = copy_images(images, folder, 6)[2]["file_name"]
+    flags = ONE_STEP | {"train_data_dir": folder, "cache_dir": tmp_path / "cache", "skip_bad_rows": True}
+    digests = image_digests(folder)
+    run, encoded = recorded_train(functools.partial(fail_to_read, file), **flags)
+    assert run.returncode == 0 and "Skipped row 2: " in run.output, run
+    assert set(encoded.all("images")) == set(digests) - {digests[2]}
+    run, encoded = recorded_train(**flags)
+    assert run.returncode == 0 and "Skipped" not in run.output, run
+    assert encoded.all("images") == digests
+    assert len(cache_files(tmp_path / "cache")) == 1
+    run, encoded = recorded_train(**flags)
+    assert run.returncode == 0 and encoded.all("images") == [], run
+
+
+# --------------------------------------------------------------------------------------------- very many rows
+
+
+@pytest.fixture
+def cache_numbers(tmp_path, monkeypatch):
+    """cache_numbers(count): a cache in which row n has latents (16, 2, 2) of n, and two captions' embeddings
+    (77, 4) of n and -n."""
+
+    def tokenize(captions, tokenizer):
+        return {"text_input_ids": torch.tensor([float(caption) for caption in captions])}
+
+    def embed_images(pixels, image_encoder):
+        return pixels.flatten(1)[:, :1].float().view(-1, 1, 1, 1).expand(-1, 16, 2, 2)
+
+    def embed_captions(tokens, text_encoder):
+        return tokens["text_input_ids"].view(-1, 1, 1).expand(-1, 77, 4)
+
+    monkeypatch.setattr(script, "cache_key", lambda *_: "key")
+    monkeypatch.setattr(script, "load_image", lambda number: torch.full((3, 2, 2), number))
+    monkeypatch.setattr(script, "make_image_transforms", lambda size: lambda image: image)
+    monkeypatch.setattr(script, "tokenize_captions", tokenize)
+    monkeypatch.setattr(script, "embed_images", embed_images)
+    monkeypatch.setattr(script, "embed_captions", embed_captions)
+    script.Accelerator(cpu=True)
+
+    def cache(count):
+        captions = [[f"{number}", f"-{number}"] for number in range(count)]
+        rows = datasets.Dataset.from_dict({"image": list(range(count)), "text": captions})
+        args = script.parse_args([f"--train_data_dir={tmp_path}", f"--cache_dir={tmp_path}", "--seed=0"])
+        sizes = np.full((count, 2), 64)
+        sizes[::3] = 32, 128  # rows of two sizes, in the order of which they are encoded
+        load = functools.partial(script.load_batches, args, torch.device("cpu"), [])
+        return script.cache_latents(load, rows, sizes, "", args, None, None, None)
+
+    return cache
+
+
+@pytest.mark.parametrize(("shard_size", "num_files"), [(30, 10), (1, 150)])
+def test_cached_rows_are_mapped_from_few_files_and_not_held_in_memory(
+    cache_numbers, monkeypatch, shard_size, num_files
+):
+    """Every file stays open, and a process may open only about a thousand of them. A pass writes few rows at
+    a time: 1,000, as `datasets` would, take 1 GB with five captions each."""
+    monkeypatch.setattr(script, "CACHE_SHARD_SIZE", shard_size)
+    rows = cache_numbers(300)
+    assert len(rows) == 300 and len(rows.cache_files) == num_files <= 256
+    assert max(len(batch) for batch in rows.data.to_batches()) <= 32
+    assert {type(block) for block in itertools.chain(*rows.data.blocks)} == {MemoryMappedTable}
+    before = pyarrow.total_allocated_bytes()
+    for number in (299, 0, 173, 29, 30):
+        row = rows[number]
+        latents = torch.frombuffer(bytearray(row["latents"]), dtype=torch.float32)
+        assert latents.unique().tolist() == [number] and len(latents) == 64
+        for sign, text in zip((1, -1), row["prompt_embeds"], strict=True):
+            embeds = torch.frombuffer(bytearray(text), dtype=torch.float32)
+            assert embeds.unique().tolist() == [sign * number] and len(embeds) == 77 * 4
+    assert pyarrow.total_allocated_bytes() - before < 10_000

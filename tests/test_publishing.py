@@ -64,9 +64,10 @@ SETTINGS = r"""
 --image_column "my image" --caption_column captions --max_train_samples 8 --validation_split 0.1
 --resolution 768 --skip_bad_rows --seed 0 --train_batch_size 4 --gradient_accumulation_steps 2
 --num_train_epochs 3 --max_train_steps 6 --gradient_checkpointing --mixed_precision bf16 --allow_tf32
---use_ema --offload_ema --loss_weighting p2 --timestep_sampling stretched --caption_dropout 0.05 --learning_rate 1e-05
---lr_scheduler piecewise_constant --lr_warmup_steps 0 --lr_step_rules 1:100,0.1 --adam_weight_decay 0.01
---max_grad_norm 0.3333333333333333 --checkpointing_steps 1 --checkpoints_total_limit 2 --validation_epochs 1
+--use_ema --offload_ema --loss_weighting p2 --timestep_sampling stretched --caption_dropout 0.05
+--learning_rate 1e-05 --lr_scheduler piecewise_constant --lr_warmup_steps 0 --lr_step_rules 1:100,0.1
+--adam_weight_decay 0.01 --max_grad_norm 0.3333333333333333 --checkpointing_steps 1
+--checkpoints_total_limit 2 --validation_epochs 1
 --validation_steps 2 --validation_size 512 1024 --logging_dir "my logs" --report_to wandb
 --tracker_project_name "a project" --push_to_hub --hub_private_repo
 --validation_prompts 'a "new" moon: it'"'"'s dark' '$HOME/* `ls` \n\t' '🍎' '' '#1; {2}' -1

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -15,7 +14,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import IMAGES, SCRIPT
+from conftest import IMAGES
 
 import train_text_to_image_prior as script
 
@@ -395,25 +394,14 @@ def test_a_column_that_holds_no_images_is_one_line(image, tmp_path):
     assert re.search("--image_column=image: |outside the data set's folder", error_of(tmp_path))
 
 
-def test_paths_outside_the_folder_are_refused_and_the_readmes_lines_embed_them(tmp_path, monkeypatch):
+def test_paths_in_parquet_are_read_inside_the_folder_and_refused_outside(tmp_path):
     """As `to_parquet` stores the rows of an imagefolder."""
-    readme = SCRIPT.with_name("README.md").read_text(encoding="utf-8")
-    (code,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "embed" in code)
-    write(tmp_path / "images", BOTH)
     path = str(tmp_path / "images" / "{}.jpg")
-    write(tmp_path / "paths", {"a.parquet": table(0, 1, image=lambda i: {"path": path.format(i)})})
+    paths = table(0, 1, image=lambda i: {"path": path.format(i)})
+    write(tmp_path / "images", BOTH_FILES | {"a.parquet": paths})
+    assert load(tmp_path / "images") == expected(0, 1)
+    write(tmp_path / "paths", {"a.parquet": paths})
     assert re.search(r"2 of 2 rows .*0\.jpg\): .*outside .* embed", error_of(tmp_path / "paths"))
-    shutil.copy(tmp_path / "paths" / "a.parquet", tmp_path / "images" / "a.parquet")
-    (tmp_path / "images" / "metadata.jsonl").rename(tmp_path / "metadata.jsonl")
-    assert load(tmp_path / "images") == expected(0, 1), "paths to images in the folder are read"
-
-    (tmp_path / "images" / "a.parquet").unlink()
-    (tmp_path / "metadata.jsonl").rename(tmp_path / "images" / "metadata.jsonl")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "embedded").mkdir()
-    exec(code, {})
-    shutil.rmtree(tmp_path / "images")
-    assert load(tmp_path / "embedded") == expected(0, 1)
 
 
 def test_nothing_is_written_for_images_which_are_read_anew_each_time(tmp_path):

@@ -1144,6 +1144,14 @@ def read_image_folder(root: str, files: list[str], caption_column: str) -> list[
     The builder "imagefolder" of `datasets` reads no .txt files, takes the caption "NA" for a missing one and
     "a::b.jpg" for a URL, and reads several metadata files in an order that changes.
     """
+
+    def as_text(caption) -> list[str] | None:
+        """A caption or captions as a list that Arrow can store, or None, which `check_rows` reports."""
+        captions = [caption] if isinstance(caption, str) else caption
+        with contextlib.suppress(TypeError, ValueError):  # not strings, or half an emoji
+            "".join(captions).encode()
+            return captions if isinstance(captions, list) else None
+
     rows, named_in = [], {}
     metadata_files = [file for file in files if os.path.basename(file) in METADATA_FILES]
     for file in metadata_files:
@@ -1172,14 +1180,6 @@ def read_image_folder(root: str, files: list[str], caption_column: str) -> list[
         )
     rows = [(path, as_text(caption)) for path, caption in rows if path in used]
     return [(path.encode(errors="replace").decode(), captions) for path, captions in rows]
-
-
-def as_text(caption) -> list[str] | None:
-    """A caption or captions as a list that Arrow can store, or None, which `check_rows` reports."""
-    captions = [caption] if isinstance(caption, str) else caption
-    with contextlib.suppress(TypeError, ValueError):  # not strings, or half an emoji
-        "".join(captions).encode()
-        return captions if isinstance(captions, list) else None
 
 
 def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]]:
@@ -1479,23 +1479,6 @@ def preprocess_row(row: dict, size: tuple[int, int], train: bool, args: argparse
     return {"effnet_pixel_values": pixels, "captions": list_captions(row, args)}
 
 
-def load_shard(file: Path, rows: np.ndarray, dataset: datasets.Dataset, args: argparse.Namespace):
-    """Maps a file of the cache in the order of its rows. None if it is missing, truncated, or has another row
-    in place of one that can be read now."""
-    with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are ValueErrors
-        encoded = datasets.Dataset.from_file(str(file))
-        order = np.argsort(encoded.data["position"])
-        for row in rows[rows != np.asarray(encoded.data["row"])[order]].tolist():
-            try:
-                load_image(dataset[row][args.image_column])
-                return None
-            except ValueError as error:
-                if not args.skip_bad_rows:
-                    return None
-                logger.warning_once(f"Skipped row {row}: {error}", main_process_only=False)
-        return encoded.select(order, keep_in_memory=True)
-
-
 def encode_shard(file: Path, batches: Iterable[dict], progress: tqdm, tokenizer, text_encoder, image_encoder):
     """Encodes the rows of a shard and writes them under a temporary name until all are there."""
     partial = file.with_suffix(".partial")
@@ -1532,23 +1515,37 @@ def cache_latents(
     folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_latents")
     folder /= cache_key(dataset, sizes, rows_hash, args, *models)
     load = functools.partial(load, dataset, sizes, functools.partial(preprocess_row, args=args), train=False)
-
     shard_size = max(CACHE_SHARD_SIZE, math.ceil(len(dataset) / MAX_CACHE_SHARDS))
     starts = range(0, len(dataset), shard_size)
     is_main_process = AcceleratorState().is_main_process
 
+    def load_shard(file: Path, rows: np.ndarray) -> datasets.Dataset | None:
+        """A file in the order of its rows, unless it is truncated, or lacks a row that can be read now."""
+        with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are ValueErrors
+            encoded = datasets.Dataset.from_file(str(file))
+            order = np.argsort(encoded.data["position"])
+            for row in rows[rows != np.asarray(encoded.data["row"])[order]].tolist():
+                try:
+                    load_image(dataset[row][args.image_column])
+                    return None
+                except ValueError as error:
+                    if not args.skip_bad_rows:
+                        return None
+                    logger.warning_once(f"Skipped row {row}: {error}", main_process_only=False)
+            return encoded.select(order, keep_in_memory=True)
+
     def load_or_encode(start: int, timeout: float) -> datasets.Dataset | None:
         rows = np.arange(start, min(start + shard_size, len(dataset)))
         file = folder / f"{start:09d}.arrow"
-        encoded = load_shard(file, rows, dataset, args)
+        encoded = load_shard(file, rows)
         if encoded is None:
             folder.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(f"{file}.lock", timeout=timeout)
             with contextlib.suppress(filelock.Timeout), lock:  # another process is encoding it
-                if load_shard(file, rows, dataset, args) is None:  # else another process has encoded it
+                if load_shard(file, rows) is None:  # else another process has encoded it
                     batches = group_by_size(rows.tolist(), sizes, CACHE_BATCH_SIZE)
                     encode_shard(file, load(np.arange(len(dataset)), batches), progress, *models)
-            return load_shard(file, rows, dataset, args)
+            return load_shard(file, rows)
         progress.update(len(rows))
         return encoded
 
@@ -1992,14 +1989,9 @@ def truncate_logs(args: argparse.Namespace, state: dict):
                 file.unlink()
 
 
-def sample_file(args: argparse.Namespace, global_step: int, name: str) -> Path:
-    """The file of one of the `validation_images`."""
-    return args.output_dir / "samples" / f"step-{global_step:07d}-{name}.png"
-
-
 def find_sample(args: argparse.Namespace, global_step: int, prompt: str, name: str) -> Path | None:
-    """The `sample_file` of a prompt, unless there is none or it is of another prompt."""
-    file = sample_file(args, global_step, name)
+    """The file of one of the `validation_images`, unless there is none or it is of another prompt."""
+    file = args.output_dir / "samples" / f"step-{global_step:07d}-{name}.png"
     with contextlib.suppress(OSError), Image.open(file) as image:
         return file if image.info.get("prompt") == prompt else None
 
@@ -2027,7 +2019,7 @@ def log_images(
             text = PngImagePlugin.PngInfo()
             text.add_itxt("prompt", prompt)
             text.add_itxt("settings", training_command(args))
-            file = sample_file(args, global_step, name)
+            file = args.output_dir / "samples" / f"step-{global_step:07d}-{name}.png"
             file.parent.mkdir(exist_ok=True)
             image.save(file.with_name("partial.png"), pnginfo=text)  # renamed when it is complete
             file.with_name("partial.png").rename(file)

@@ -83,6 +83,14 @@ def pytest_unconfigure():
 # --------------------------------------------------------------------------------- models, images and flags
 
 
+def run_in_fork(check):
+    """Calls a test's function that uses autograd in a fork: later forks of this process could not use it."""
+    process = multiprocessing.get_context("fork").Process(target=check)
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, "the assertion is in the captured output"
+
+
 @pytest.fixture(scope="session")
 def images():
     """A folder of 64 captioned images with metadata.jsonl."""

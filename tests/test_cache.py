@@ -600,7 +600,7 @@ def fail_to_read(file):
 def test_a_row_that_could_not_be_read_is_encoded_as_soon_as_it_can(recorded_train, images, tmp_path):
     """Though its file has not changed."""
     folder = tmp_path / "images"
-    file = copy_images(images, folder, 6)[2]["file_name"]
+    file = copy_images(images, folder, 12)[2]["file_name"]  # the key has the pixels of 8 other rows
     flags = ONE_STEP | {"train_data_dir": folder, "cache_dir": tmp_path / "cache", "skip_bad_rows": True}
     digests = image_digests(folder)
     run, encoded = recorded_train(functools.partial(fail_to_read, file), **flags)

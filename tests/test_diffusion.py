@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import distance, load_optimizer_state, load_weights, same_weights, script
+from conftest import distance, load_optimizer_state, load_weights, run_in_fork, same_weights, script
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
@@ -49,47 +49,51 @@ def test_loss_gradient_and_step_are_those_of_the_formulas(train, models, steady_
     flags = {"max_grad_norm": max_grad_norm, "pretrained_prior_model_name_or_path": steady_prior}
     run = train(**BY_HAND, **flags, record=True)
     assert run.returncode == 0, run
-    text_encoder = CLIPTextModel.from_pretrained(
-        steady_prior / "text_encoder", attn_implementation="eager"
-    ).eval()
-    image_encoder = EfficientNetEncoder.from_pretrained(models / "encoder").eval()
-    prior = WuerstchenPrior.from_pretrained(steady_prior / "prior").train()
-    prior.set_attn_processor(AttnProcessor())  # softmax(QK) V written out
-    weights = dict(prior.named_parameters())
-    mean, square = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
-    losses, norms, rates = run.logged("train_loss"), run.logged("grad_norm"), run.logged("lr")
 
-    assert len(run.record["steps"]) == 6
-    for step in (1, 2, 3):
-        micro_losses = []
-        for micro_step in run.record["steps"][2 * step - 2 : 2 * step]:
-            t, noise = micro_step["timesteps"], micro_step["noise"]
+    def check():
+        text_encoder = CLIPTextModel.from_pretrained(
+            steady_prior / "text_encoder", attn_implementation="eager"
+        ).eval()
+        image_encoder = EfficientNetEncoder.from_pretrained(models / "encoder").eval()
+        prior = WuerstchenPrior.from_pretrained(steady_prior / "prior").train()
+        prior.set_attn_processor(AttnProcessor())  # softmax(QK) V written out
+        weights = dict(prior.named_parameters())
+        mean, square = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
+        losses, norms, rates = run.logged("train_loss"), run.logged("grad_norm"), run.logged("lr")
+
+        assert len(run.record["steps"]) == 6
+        for step in (1, 2, 3):
+            micro_losses = []
+            for micro_step in run.record["steps"][2 * step - 2 : 2 * step]:
+                t, noise = micro_step["timesteps"], micro_step["noise"]
+                with torch.no_grad():
+                    latents = image_encoder.mapper(image_encoder.backbone(micro_step["pixels"]))
+                    prompt_embeds = text_encoder(micro_step["ids"], attention_mask=micro_step["mask"])[0]
+                noisy_latents = add_noise((latents + 1) / 42, noise, t)
+                loss = ((prior(noisy_latents, t, prompt_embeds) - noise) ** 2).mean()
+                (loss / 2).backward()
+                micro_losses.append(loss.item())
+            norm = torch.stack([w.grad.norm() for w in weights.values()]).norm().item()
+            assert losses[step] == pytest.approx(np.mean(micro_losses), rel=1e-5)
+            assert norms[step] == pytest.approx(norm, rel=1e-4), "the norm before clipping is logged"
+            assert (norm > max_grad_norm) == (max_grad_norm == 0.05)
+            assert run.record["clipped"][step - 1] == pytest.approx(min(norm, max_grad_norm), rel=1e-4)
+            assert rates[step] == pytest.approx(1e-3)
+
+            clip = min(1.0, max_grad_norm / norm)
             with torch.no_grad():
-                latents = image_encoder.mapper(image_encoder.backbone(micro_step["pixels"]))
-                prompt_embeds = text_encoder(micro_step["ids"], attention_mask=micro_step["mask"])[0]
-            noisy_latents = add_noise((latents + 1) / 42, noise, t)
-            loss = ((prior(noisy_latents, t, prompt_embeds) - noise) ** 2).mean()
-            (loss / 2).backward()
-            micro_losses.append(loss.item())
-        norm = torch.stack([w.grad.norm() for w in weights.values()]).norm().item()
-        assert losses[step] == pytest.approx(np.mean(micro_losses), rel=1e-5)
-        assert norms[step] == pytest.approx(norm, rel=1e-4), "the norm before clipping is logged"
-        assert (norm > max_grad_norm) == (max_grad_norm == 0.05)
-        assert run.record["clipped"][step - 1] == pytest.approx(min(norm, max_grad_norm), rel=1e-4)
-        assert rates[step] == pytest.approx(1e-3)
+                for name, w in weights.items():
+                    gradient = clip * w.grad
+                    mean[name] = 0.8 * mean[name] + 0.2 * gradient
+                    square[name] = 0.9 * square[name] + 0.1 * gradient**2
+                    denominator = (square[name] / (1 - 0.9**step)).sqrt() + 1e-3
+                    w -= 1e-3 * 0.1 * w + 1e-3 * (mean[name] / (1 - 0.8**step)) / denominator
+                    w.grad = None
+            expected = {name: w.detach() for name, w in weights.items()}
+            before = run.prior(step - 1) if step > 1 else load_weights(steady_prior / "prior")
+            assert distance(run.prior(step), expected) < 1e-3 * distance(run.prior(step), before)
 
-        clip = min(1.0, max_grad_norm / norm)
-        with torch.no_grad():
-            for name, w in weights.items():
-                gradient = clip * w.grad
-                mean[name] = 0.8 * mean[name] + 0.2 * gradient
-                square[name] = 0.9 * square[name] + 0.1 * gradient**2
-                denominator = (square[name] / (1 - 0.9**step)).sqrt() + 1e-3
-                w -= 1e-3 * 0.1 * w + 1e-3 * (mean[name] / (1 - 0.8**step)) / denominator
-                w.grad = None
-        expected = {name: w.detach() for name, w in weights.items()}
-        before = run.prior(step - 1) if step > 1 else load_weights(steady_prior / "prior")
-        assert distance(run.prior(step), expected) < 1e-3 * distance(run.prior(step), before)
+    run_in_fork(check)
 
 
 @pytest.mark.slow
@@ -99,24 +103,29 @@ def test_losses_over_200_steps_are_those_of_the_references_loop(train, steady_pr
     flags |= {"train_batch_size": 8, "gradient_accumulation_steps": 2}
     run = train(**flags, pretrained_prior_model_name_or_path=steady_prior, timeout=900)
     assert run.returncode == 0, run
-    prior = WuerstchenPrior.from_pretrained(steady_prior / "prior").train()
-    noise_scheduler = script.DDPMWuerstchenScheduler()
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
-    losses = []
-    for batch in run.record["steps"]:
-        image_embeds = batch["latents"].add(1.0).div(42.0)
-        noisy_latents = noise_scheduler.add_noise(image_embeds, batch["noise"], batch["timesteps"])
-        pred_noise = prior(noisy_latents, batch["timesteps"], batch["prompt_embeds"])
-        loss = F.mse_loss(pred_noise.float(), batch["noise"].float(), reduction="mean")
-        (loss / 2).backward()
-        losses.append(loss.item())
-        if len(losses) % 2 == 0:
-            torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    losses = np.reshape(losses, (200, 2)).mean(axis=1)
-    assert np.abs(losses - list(run.losses().values())).max() < 3e-7
-    assert losses[-50:].mean() < 0.95 * losses[:50].mean(), "the weights have changed"
+
+    def check():
+        prior = WuerstchenPrior.from_pretrained(steady_prior / "prior").train()
+        noise_scheduler = script.DDPMWuerstchenScheduler()
+        settings = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.0, "eps": 1e-8}
+        optimizer = torch.optim.AdamW(prior.parameters(), **settings)
+        losses = []
+        for batch in run.record["steps"]:
+            image_embeds = batch["latents"].add(1.0).div(42.0)
+            noisy_latents = noise_scheduler.add_noise(image_embeds, batch["noise"], batch["timesteps"])
+            pred_noise = prior(noisy_latents, batch["timesteps"], batch["prompt_embeds"])
+            loss = F.mse_loss(pred_noise.float(), batch["noise"].float(), reduction="mean")
+            (loss / 2).backward()
+            losses.append(loss.item())
+            if len(losses) % 2 == 0:
+                torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        losses = np.reshape(losses, (200, 2)).mean(axis=1)
+        assert np.abs(losses - list(run.losses().values())).max() < 3e-7
+        assert losses[-50:].mean() < 0.95 * losses[:50].mean(), "the weights have changed"
+
+    run_in_fork(check)
 
 
 RANKS = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_samples": 10}

@@ -50,18 +50,13 @@ def test_sharding_engines_are_refused_before_anything_is_loaded(engine, train, m
     assert "Traceback" not in run.output and not run.folder.exists(), run
 
 
-def test_processes_that_would_each_train_alone_are_refused(train):
+@pytest.mark.slow
+def test_processes_that_would_each_train_alone_are_refused(train_fresh):
     """`torchrun --nproc_per_node=2` without a GPU, and without ACCELERATE_USE_CPU=true."""
-    env = {
-        "WORLD_SIZE": 2,
-        "RANK": 1,
-        "LOCAL_RANK": 1,
-        "ACCELERATE_USE_CPU": None,
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    run = train(env=env)
-    assert run.returncode == 1 and "Traceback" not in run.output, run
-    assert run.output.splitlines()[-1].startswith("WORLD_SIZE: each process would train alone"), run
+    env = {"ACCELERATE_USE_CPU": None, "CUDA_VISIBLE_DEVICES": ""}
+    run = train_fresh(launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2"), env=env)
+    assert run.returncode == 1, run
+    assert "WORLD_SIZE: each process would train alone" in run.output, run
     assert "ACCELERATE_USE_CPU=true" in run.output
 
 

@@ -344,10 +344,10 @@ def test_each_prompt_is_generated_at_each_size_and_shown_in_the_contact_sheet(tr
         args.validation_size = flags["validation_size"]
         script.save_contact_sheet(args)
         sheet = np.asarray(Image.open(samples / "contact-sheet.png"))
-        assert sheet.shape == (6 * 256, 2 * 192, 3), "rows: both prompts at each size; columns: steps"
+        assert sheet.shape == (6 * 260, 2 * 192, 3), "rows: both prompts at each size; columns: steps"
         places = itertools.product(SIZES, (0, 1), (0, 2))  # squares first
         for place, (suffix, index, step) in enumerate(places):
-            cell = sheet[place // 2 * 256 :, place % 2 * 192 :][68:252, 4:188]
+            cell = sheet[place // 2 * 260 :, place % 2 * 192 :][72:256, 4:188]
             with Image.open(samples / f"step-{step:07d}-prompt-{index}{suffix}.png") as image:
                 shown = np.asarray(ImageOps.pad(image, (184, 184), color="white"))
             assert (cell == shown).all() if prompts[index] == PROMPTS[index] else (cell == 255).all()

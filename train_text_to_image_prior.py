@@ -1464,9 +1464,10 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
     digest = hashlib.sha256(repr((rows_hash, dataset._fingerprint, sizes.tolist(), sources, models)).encode())
     for row in np.linspace(0, len(dataset) - 1, 8).astype(int).tolist():
         with contextlib.suppress(ValueError):  # a bad row
-            tensors = preprocess_row(dataset[row], sizes[row].tolist(), False, args)
-            tensors |= tokenize_captions(tensors.pop("captions"), tokenizer)
-            digest.update(b"".join(map(tensor_to_bytes, tensors.values())))
+            sample = preprocess_row(dataset[row], sizes[row].tolist(), False, args)
+            tokens = tokenize_captions(sample["captions"], tokenizer)
+            for tensor in (sample["effnet_pixel_values"], *tokens.values()):
+                digest.update(tensor_to_bytes(tensor))
     for model in encoders:
         for name, tensor in model.state_dict().items():
             digest.update(f"{name} {tensor.dtype}".encode() + tensor_to_bytes(tensor))
@@ -1474,9 +1475,17 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
 
 
 def preprocess_row(row: dict, size: tuple[int, int], train: bool, args: argparse.Namespace) -> dict:
-    """A row as pixels, (3, height, width) uint8, and all its captions."""
-    pixels = make_image_transforms(size)(load_image(row[args.image_column]))
-    return {"effnet_pixel_values": pixels, "captions": list_captions(row, args)}
+    """A row as pixels, (3, height, width) uint8, all its captions and, with --skip_bad_rows, the error if its
+    image cannot be read."""
+    pixels, unreadable = torch.zeros(3, *size, dtype=torch.uint8), ""
+    try:
+        pixels = make_image_transforms(size)(load_image(row[args.image_column]))
+    except ValueError as error:
+        if not args.skip_bad_rows:
+            raise
+        unreadable = str(error)
+    captions = list_captions(row, args)
+    return {"effnet_pixel_values": pixels, "captions": captions, "unreadable": unreadable}
 
 
 def encode_shard(file: Path, batches: Iterable[dict], progress: tqdm, tokenizer, text_encoder, image_encoder):
@@ -1487,7 +1496,7 @@ def encode_shard(file: Path, batches: Iterable[dict], progress: tqdm, tokenizer,
             latents = embed_images(batch["effnet_pixel_values"], image_encoder).cpu()
             captions = list(itertools.chain.from_iterable(batch["captions"]))
             embeds = iter(embed_captions(tokenize_captions(captions, tokenizer), text_encoder).cpu())
-            columns = {name: batch[name] for name in ("position", "row")}
+            columns = {name: batch[name] for name in ("position", "unreadable")}
             columns["latents"] = list(map(tensor_to_bytes, latents))
             columns["prompt_embeds"] = [
                 [tensor_to_bytes(next(embeds)) for _ in texts] for texts in batch["captions"]
@@ -1519,34 +1528,29 @@ def cache_latents(
     starts = range(0, len(dataset), shard_size)
     is_main_process = AcceleratorState().is_main_process
 
-    def load_shard(file: Path, rows: np.ndarray) -> datasets.Dataset | None:
-        """A file in the order of its rows, unless it is truncated, or lacks a row that can be read now."""
+    def load_shard(file: Path, rows: range) -> datasets.Dataset | None:
+        """A file in the order of its rows, unless it is truncated, or an unreadable image can be read now."""
         with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are ValueErrors
             encoded = datasets.Dataset.from_file(str(file))
-            order = np.argsort(encoded.data["position"])
-            for row in rows[rows != np.asarray(encoded.data["row"])[order]].tolist():
-                try:
-                    load_image(dataset[row][args.image_column])
-                    return None
-                except ValueError as error:
-                    if not args.skip_bad_rows:
+            encoded = encoded.select(np.argsort(encoded.data["position"]), keep_in_memory=True)
+            for row, error in zip(rows, encoded["unreadable"], strict=True):
+                with contextlib.suppress(ValueError):
+                    if error and load_image(dataset[row][args.image_column]):
                         return None
-                    logger.warning_once(f"Skipped row {row}: {error}", main_process_only=False)
-            return encoded.select(order, keep_in_memory=True)
+            return encoded
 
     def load_or_encode(start: int, timeout: float) -> datasets.Dataset | None:
-        rows = np.arange(start, min(start + shard_size, len(dataset)))
-        file = folder / f"{start:09d}.arrow"
+        file, rows = folder / f"{start:09d}.arrow", range(start, min(start + shard_size, len(dataset)))
         encoded = load_shard(file, rows)
         if encoded is None:
             folder.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(f"{file}.lock", timeout=timeout)
             with contextlib.suppress(filelock.Timeout), lock:  # another process is encoding it
                 if load_shard(file, rows) is None:  # else another process has encoded it
-                    batches = group_by_size(rows.tolist(), sizes, CACHE_BATCH_SIZE)
-                    encode_shard(file, load(np.arange(len(dataset)), batches), progress, *models)
+                    batches = load(rows, group_by_size(rows, sizes, CACHE_BATCH_SIZE))
+                    encode_shard(file, batches, progress, *models)
             return load_shard(file, rows)
-        progress.update(len(rows))
+        progress.update(len(encoded))
         return encoded
 
     progress = tqdm(total=len(dataset), desc="Encoding", unit="row", disable=not is_main_process)
@@ -1562,6 +1566,8 @@ def preprocess_cached(
 ) -> dict[str, torch.Tensor]:
     """As `preprocess_train`, for a row of `cache_latents`: latents (16, height / 32, width / 32) and
     prompt_embeds (77, width), of the shape and dtype of `empty_embeds`, the empty caption's."""
+    if row["unreadable"]:
+        raise ValueError(row["unreadable"])
     caption_dropout = args.caption_dropout if train else 0.0
     caption = choose_caption(row["prompt_embeds"], caption_dropout, tensor_to_bytes(empty_embeds))
     height, width = (math.ceil(side / STRIDE) for side in size)

@@ -72,6 +72,8 @@ from modeling_efficient_net_encoder import EfficientNetEncoder  # noqa: E402
 # Threads do not survive a fork: had torch started its pool here, the first matrix product in a child would
 # wait for it for ever. With one thread it starts none.
 torch.set_num_threads(1)
+# A fork makes torch's other pool anew, when it is first asked for: not by two threads of autograd at once.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 PartialState(cpu=True)  # the script's logger asks it for the rank
 FORKING = threading.Lock()  # two threads that fork at the same time can block each other's child
 

@@ -567,24 +567,29 @@ def test_a_bad_row_ends_the_pass_in_one_line(train, broken_images, tmp_path, wor
     assert len(cache_files(tmp_path)) == (shard_size == 2), "the first shard was complete"
 
 
-def test_bad_rows_are_replaced_and_named_in_each_run(recorded_train, images, broken_images, tmp_path):
-    """Without --skip_bad_rows a run refuses them, also if they were replaced before."""
+@pytest.mark.parametrize("held_out", [None, 4])
+def test_bad_rows_are_skipped_as_without_the_cache(recorded_train, broken_images, tmp_path, held_out):
+    """The same rows replace them: of the held-out ones, others that are held out. Each run names them."""
     folder, files = broken_images
-    good = np.delete(image_digests(images)[:10], (3, 7)).tolist()
     flags = {"train_data_dir": folder, "max_train_steps": 5, "skip_bad_rows": True, "record": True}
-    flags |= {"cache_latents": True, "cache_dir": tmp_path, "learning_rate": 1e-3}
-    runs = [recorded_train(functools.partial(set_sizes, 3, 4), **flags) for _ in range(2)]
-    for run, _ in runs:
+    flags |= {"validation_split": held_out, "learning_rate": 1e-3}
+    cache = {"cache_latents": True, "cache_dir": tmp_path}
+    plain, _ = recorded_train(**flags)
+    runs = [recorded_train(functools.partial(set_sizes, 3, 4), **flags, **cache) for _ in range(2)]
+    for run in (plain, *(run for run, _ in runs)):
         assert run.returncode == 0, run
         skipped = sorted(line.split("Skipped ")[1] for line in run.output.splitlines() if "Skipped " in line)
         assert len(skipped) == 2, "each is named once"
         for line, row, file in zip(skipped, (3, 7), files, strict=True):
             assert line.startswith(f"row {row}: ") and file in line
     (first, encoded), (second, encoded_again) = runs
-    assert set(encoded.all("images")) == set(good) and len(encoded.all("images")) == 10
-    assert encoded_again.all("images") == []
+    assert len(encoded.all("images")) == 10 and encoded_again.all("images") == []
     assert same_weights(first.prior(), second.prior())
-    stopped, _ = recorded_train(**flags | {"skip_bad_rows": False})
+    for name in ("image_embeds", "prompt_embeds"):
+        assert relative_difference(first, plain, name) < 1e-5, "other rows replaced them"
+    for name in ("train_loss", "val_loss")[: 2 if held_out else 1]:
+        assert first.losses(name) == pytest.approx(plain.losses(name), rel=1e-5)
+    stopped, _ = recorded_train(**flags | cache | {"skip_bad_rows": False})
     assert_names_row_3(stopped, files[0])
 
 
@@ -605,7 +610,7 @@ def test_a_row_that_could_not_be_read_is_encoded_as_soon_as_it_can(recorded_trai
     digests = image_digests(folder)
     run, encoded = recorded_train(functools.partial(fail_to_read, file), **flags)
     assert run.returncode == 0 and "Skipped row 2: " in run.output, run
-    assert set(encoded.all("images")) == set(digests) - {digests[2]}
+    assert set(digests) - set(encoded.all("images")) == {digests[2]}
     run, encoded = recorded_train(**flags)
     assert run.returncode == 0 and "Skipped" not in run.output, run
     assert encoded.all("images") == digests

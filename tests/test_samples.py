@@ -388,17 +388,19 @@ def test_the_only_image_of_its_shape_may_be_unreadable(train, tmp_path):
 
 @pytest.mark.slow
 def test_unreadable_rows_are_replaced_by_others_of_their_size(train, shapes, tmp_path):
-    """With and without the cache, whose replacements are other ones."""
+    """By the same ones with and without the cache."""
     folder = shutil.copytree(shapes, tmp_path / "images")
     cut_in_half(folder / "13.png")
     cut_in_half(folder / "20.png")
     flags = RUN | {"skip_bad_rows": True, "cache_dir": tmp_path / "cache", "train_data_dir": folder}
     flags |= {"max_train_steps": 18, "checkpointing_steps": 18}
-    for cached in (False, True):
-        run = train(**flags, cache_latents=cached)
+    runs = [train(**flags, cache_latents=cached) for cached in (False, True)]
+    for run in runs:
         assert run.returncode == 0, run
         skipped = re.findall(r"Skipped row \d+: the image \(\S*/(\d+)\.png", run.output)
         assert sorted(skipped) == ["13", "20"]
+    plain, cached = (run.logged("train_loss") for run in runs)
+    assert plain == pytest.approx(cached, rel=1e-4)
 
 
 def test_a_row_of_a_rare_shape_is_trained_on_in_each_epoch(train, tmp_path):

@@ -97,6 +97,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
     parse_flag_from_env,
+    send_to_device,
 )
 from datasets.arrow_writer import ArrowWriter
 from diffusers import DDPMWuerstchenScheduler
@@ -107,7 +108,7 @@ from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -656,14 +657,11 @@ def derive_seed(*key) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def seed_generators(seed: int, device: torch.device | None = None):
-    """Seeds the default generators of Python, numpy and torch, on the CPU and `device`. (`set_seed` formats a
-    stack trace for each kind of device that is missing: 0.3 ms.)"""
+def seed_generators(seed: int):
+    """Seeds the default generators of Python, numpy and torch, on all devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    if device is not None and device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+    torch.manual_seed(seed)
 
 
 def sample_noise(
@@ -1011,7 +1009,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                     noise, u = sample_noise(batch["position"], latents.shape[1:], device, args.seed, "noise")
                     timesteps = sample_timesteps(u, args.timestep_sampling)
                     # Add the noise, predict the noise residual and compute the loss (dropout is seeded)
-                    seed_generators(derive_seed(args.seed, "dropout", batch["position"][0]), device)
+                    seed_generators(derive_seed(args.seed, "dropout", batch["position"][0]))
                     inputs = (prior, noise_scheduler, latents, embeds, noise, timesteps)
                     loss = diffusion_loss(*inputs, args.loss_weighting).mean()
                     accelerator.backward(loss)
@@ -1368,21 +1366,18 @@ class SampleDataset(Dataset):
 
 
 def collate_fn(samples: list[dict]) -> dict:
-    """Stacks samples to a batch: lists, and tensors as pairs of a dtype and an array of bytes. An error in
-    one of them is the batch's.
+    """Stacks the tensors of samples; other values are lists. An error in one of them is the batch's.
 
-    Workers send arrays through a pipe. Tensors would go through shared memory, of which containers have
-    little, and sockets in the temporary folder, whose path can be too long.
+    In a worker, `default_collate` allocates shared memory at once, so that `load_batches` gets its error.
     """
     for sample in samples:
         if "error" in sample:
             return sample
-    batch = {}
-    for name, value in samples[0].items():
-        batch[name] = [sample[name] for sample in samples]
-        if torch.is_tensor(value):
-            batch[name] = (value.dtype, torch.stack(batch[name]).view(torch.uint8).numpy())
-    return batch
+    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return {
+        name: default_collate(values) if torch.is_tensor(values[0]) else values
+        for name, values in batch.items()
+    }
 
 
 def load_batches(
@@ -1399,6 +1394,10 @@ def load_batches(
     """Yields batches on the device; `batches` has the positions and rows of each. An unreadable row ends the
     run, and so does a worker that dies, or a signal in `signals` while storage hangs."""
     num_workers = args.dataloader_num_workers
+    # PyTorch's handler would raise anywhere in the training that a worker has died; `next` does so, as well.
+    torch.utils.data._utils.signal_handling._set_SIGCHLD_handler = lambda: None
+    # Or __del__ of an iterator that cannot be made, as with a read-only /dev/shm, prints a traceback.
+    torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True
     with explain_errors(args, "dataloader_num_workers"):
         dataloader = DataLoader(
             SampleDataset(dataset, sizes, rows, functools.partial(preprocess, train=train), args),
@@ -1406,26 +1405,22 @@ def load_batches(
             collate_fn=collate_fn,
             num_workers=num_workers,
             worker_init_fn=prepare_worker,
-            pin_memory=device.type == "cuda",  # a thread reads the pipe; `to_device` pins
+            pin_memory=device.type == "cuda",
             timeout=BATCH_TIMEOUT if num_workers else 0,
             generator=torch.Generator(),  # not the default one, which makes dropout's masks
         )
-        # Or __del__ of an iterator that cannot be made, as with a read-only /dev/shm, prints a traceback.
-        torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True
         iterator = iter(dataloader)
-    # PyTorch's handler would raise anywhere in the training that a worker has died; `next` does so, as well.
-    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:
             batch = next(iterator, None)
         except RuntimeError as error:
-            if "DataLoader worker (pid" in str(error):
-                advice = "each worker needs memory: use fewer, or a smaller --train_batch_size"
+            reason = str(error).strip().splitlines()[-1]
+            if "DataLoader worker (pid" in reason or "shared memory" in reason:
                 raise SystemExit(
-                    f"--dataloader_num_workers={num_workers}: {printable(str(error))}; {advice}"
+                    f"--dataloader_num_workers={num_workers}: {printable(reason)}; each worker needs memory "
+                    "and /dev/shm (docker run --shm-size=1g): use fewer, or a smaller --train_batch_size"
                 ) from None
-            if "DataLoader timed out" not in str(error):
+            if "DataLoader timed out" not in reason:
                 raise
             if signals:
                 kill_workers()  # PyTorch would wait for each that is blocked
@@ -1440,9 +1435,7 @@ def load_batches(
             raise SystemExit(batch["error"])
         for message in itertools.chain.from_iterable(batch.pop("skipped")):
             logger.warning_once(f"Skipped {message}", main_process_only=False)
-        arrays = {name: value for name, value in batch.items() if isinstance(value[0], torch.dtype)}
-        tensors = {name: torch.from_numpy(array).view(dtype) for name, (dtype, array) in arrays.items()}
-        yield batch | {name: to_device(tensor, device) for name, tensor in tensors.items()}
+        yield send_to_device(batch, device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------------ cache
@@ -1890,6 +1883,8 @@ def prepare_worker(worker_id: int):
     that cannot be sent, for which the main process would wait forever, ends the worker."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # sockets without files, which may be deleted, or have too long a path
+        multiprocessing.connection.arbitrary_address = lambda family: f"\0{os.getpid()}-{time.time_ns()}"
 
     def end_worker(error: Exception, item):
         print(f"A worker cannot send its batch: {type(error).__name__}: {error}", file=sys.stderr)
@@ -1919,9 +1914,7 @@ def explain_errors(args: argparse.Namespace, flag: str) -> Iterator[None]:
         reason = str(error).strip() if type(error) is ValueError else f"{type(error).__name__}: {error}"
         if "LocalEntryNotFoundError" in trace:
             reason = "it is not a local folder, not in the cache, and the Hub cannot be reached"
-        # Models, and data files of a clone
-        files = Path(str(value)).rglob("*" if flag.endswith("_path") else "*.[pt]ar*")
-        for file in [Path(str(value)), *files]:
+        for file in [Path(str(value)), *Path(str(value)).rglob("*")]:
             if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(LFS_POINTER):
                 reason = f"{file} is a Git LFS pointer: run `git lfs pull`"
         raise SystemExit(f"--{flag}={value}: {printable(reason)}") from None
@@ -1944,7 +1937,6 @@ def printable(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------- logging
 # Writes metrics and images to the output folder and the trackers.
-MAX_CURVE_POINTS = 20_000  # to read a million lines would take seconds each time
 
 
 def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: dict):
@@ -1968,16 +1960,14 @@ def log_metrics(accelerator: Accelerator, metrics: dict[str, float], global_step
             file.write(json.dumps({"step": global_step} | metrics) + "\n")
 
 
-def read_metrics(output_dir: Path, name: str, max_rows: int = sys.maxsize) -> list[dict[str, float]]:
-    """The lines of loss.jsonl with the metric `name`, or about `max_rows` evenly spaced ones, without lines
-    that a crash truncated."""
-    rows, lines = [], []
+def read_metrics(output_dir: Path, name: str) -> list[dict[str, float]]:
+    """The lines of loss.jsonl with the metric `name`, without lines that a crash truncated."""
+    rows = []
     with contextlib.suppress(FileNotFoundError), open(output_dir / "loss.jsonl", errors="replace") as file:
-        lines = [line for line in file if f'"{name}"' in line]
-    for line in lines[:: len(lines) // max_rows + 1]:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+        for line in file:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if name in row]
 
 
 def truncate_logs(args: argparse.Namespace, state: dict):
@@ -2076,7 +2066,7 @@ def save_loss_curve(output_dir: Path):
         figure = Figure(figsize=(10, 5))
         axes = figure.subplots()
         for name, color in (("train_loss", "tab:blue"), ("val_loss", "tab:red")):
-            rows = read_metrics(output_dir, name, MAX_CURVE_POINTS)
+            rows = read_metrics(output_dir, name)
             points = np.array([(row["step"], row[name]) for row in rows if math.isfinite(row[name])])
             width = len(points) // 50 + 1
             if len(points):  # without overflows of fp16

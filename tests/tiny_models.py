@@ -9,13 +9,16 @@ encoders and the image encoder are random. The decoder can draw the 64 bundled i
 train_demo_decoder.py has trained it; that of most tests is random, too.
 
 The numbers that the script's arithmetic rests on are the published ones: 16 latent channels that come out
-with mean -1 and deviation 42, a tokenizer with CLIP's vocabulary and 77 tokens, a decoder that takes images
-of multiples of 128 pixels. All else is as small as possible.
+with mean -1 and deviation 42, CLIP's tokens, of which texts have 77, a decoder that takes images of multiples
+of 128 pixels. All else is as small as possible: the tests' models know the first 2,000 pairs of CLIP's
+vocabulary only, since reading all of it takes half a second, three times a run.
 """
 
 import argparse
+import json
 import shutil
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +46,7 @@ DEMO_RESOLUTION = 96  # 3 x 3 latents, which stand for 128 pixels
 LATENT_CHANNELS = 16
 LATENT_MEAN, LATENT_STD = 42.0, 1.0  # by their names in WuerstchenPriorPipeline: z * latent_mean - latent_std
 PRIOR_TEXT_WIDTH = 32
+NUM_MERGES, ALL_MERGES = 2000, 48894  # of pairs of tokens to one, in CLIP's vocabulary
 DECODER_TEXT_WIDTH = 16  # another one than the prior's, so that mixing up the two text encoders is an error
 
 
@@ -54,9 +58,24 @@ def seeded(seed):
         yield
 
 
-def make_tokenizer():
-    """CLIP's own vocabulary, so that token ids, padding and truncation are the real ones."""
-    return CLIPTokenizerFast.from_pretrained(DATA / "clip-tokenizer", model_max_length=77)
+def copy_tokenizer(folder, num_merges):
+    """Writes CLIP's tokenizer, or one of the first pairs of its vocabulary, and returns the folder."""
+    shutil.copytree(DATA / "clip-tokenizer", folder)
+    version, *merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    tokens = list(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+    # 512 bytes, then a token for each pair, then <|startoftext|> and <|endoftext|>
+    tokens = tokens[: 512 + num_merges] + tokens[-2:] if num_merges < len(merges) else tokens
+    vocabulary = json.dumps(dict(zip(tokens, range(len(tokens)), strict=True)), ensure_ascii=False)
+    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join([version, *merges[:num_merges], ""]), encoding="utf-8")
+    return folder
+
+
+def make_tokenizer(num_merges=NUM_MERGES):
+    """CLIP's tokenizer, with 77 tokens a text."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = copy_tokenizer(Path(folder, "tokenizer"), num_merges)
+        return CLIPTokenizerFast.from_pretrained(folder, model_max_length=77)
 
 
 def make_text_encoder(tokenizer, width, *, seed=0):
@@ -84,7 +103,7 @@ def make_text_encoder(tokenizer, width, *, seed=0):
 
 def make_distinct_text_encoder(*, seed=0):
     """One for the prior with larger weights: captions that differ by a word have different embeddings."""
-    text_encoder = make_text_encoder(make_tokenizer(), PRIOR_TEXT_WIDTH, seed=seed)
+    text_encoder = make_text_encoder(make_tokenizer(ALL_MERGES), PRIOR_TEXT_WIDTH, seed=seed)
     with torch.no_grad():
         for name, module in text_encoder.named_modules():
             if isinstance(module, nn.Linear):
@@ -284,6 +303,7 @@ def make_tiny_models(
     resolution=64,
     text_encoder=None,
     decoder_and_vqgan=None,
+    num_merges=NUM_MERGES,
     **prior_kwargs,
 ):
     """Writes `prior`, `decoder` and `encoder` into `folder` and returns their three paths.
@@ -293,12 +313,13 @@ def make_tiny_models(
         seed: of all random weights; the same seed makes the same files.
         images, resolution: what the encoder is calibrated on, the side in pixels.
         text_encoder, decoder_and_vqgan: in place of the random ones.
+        num_merges: of the tokenizers.
         prior_kwargs: see `make_prior`.
     """
     prior_folder, decoder_folder, encoder_folder = (
         Path(folder) / name for name in ("prior", "decoder", "encoder")
     )
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(num_merges)
 
     wuerstchen.WuerstchenPriorPipeline(
         tokenizer=tokenizer,
@@ -319,7 +340,7 @@ def make_tiny_models(
     ).save_pretrained(decoder_folder)
     # What transformers 5 writes is not what older repos hold. The prior has the one, the decoder the other.
     shutil.rmtree(decoder_folder / "tokenizer")
-    shutil.copytree(DATA / "clip-tokenizer", decoder_folder / "tokenizer")
+    copy_tokenizer(decoder_folder / "tokenizer", num_merges)
 
     make_encoder(seed=seed + 4, images=images, resolution=resolution).save_pretrained(encoder_folder)
     return prior_folder, decoder_folder, encoder_folder
@@ -332,6 +353,7 @@ def make_demo_models(folder):
         resolution=DEMO_RESOLUTION,
         text_encoder=make_distinct_text_encoder(),
         decoder_and_vqgan=load_demo_decoder(),
+        num_merges=ALL_MERGES,
         dropout=0.0,
     )
 

@@ -1613,7 +1613,7 @@ def read_state(checkpoint: Path) -> dict:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether all files that the checkpoint lists exist with their sizes, as not in a partial copy."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    with contextlib.suppress(Exception):  # whatever lies in the folder
         files = read_state(checkpoint)["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in files.items())
     return False
@@ -1734,7 +1734,7 @@ def save_checkpoint(
             saved = True
             logger.info(f"Saved {checkpoint}")
             for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
-                delete(old)  # one that is deleted in part is not complete
+                delete(old.rename(partial))  # what a crash leaves of it is deleted next time
         except Exception as error:  # torch and safetensors raise errors of their own for a full disk
             if isinstance(error, BUGS):
                 raise
@@ -1964,10 +1964,10 @@ def read_metrics(output_dir: Path, name: str) -> list[dict[str, float]]:
     """The lines of loss.jsonl with the metric `name`, without lines that a crash truncated."""
     rows = []
     with contextlib.suppress(FileNotFoundError), open(output_dir / "loss.jsonl", errors="replace") as file:
-        for line in file:
+        for line in filter(lambda line: f'"{name}"' in line, file):
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
-    return [row for row in rows if name in row]
+    return rows
 
 
 def truncate_logs(args: argparse.Namespace, state: dict):
@@ -2074,10 +2074,10 @@ def save_loss_curve(output_dir: Path):
                 axes.plot(*points.T, color=color, alpha=0.3)
                 label = f"{name}, mean of {width}"
                 axes.plot(points[width - 1 :, 0], means, ".-", ms=3, color=color, label=label)
-        axes.set(xlabel="step", ylabel="loss")
         if axes.get_lines():  # not before the first step
+            axes.set(xlabel="step", ylabel="loss")
             axes.legend()
-        figure.savefig(output_dir / "loss.png")
+            figure.savefig(output_dir / "loss.png")
 
 
 # ------------------------------------------------------------------------------------------------- publishing
@@ -2167,6 +2167,7 @@ def save_model_card(
         license_name = hub.ModelCard.load(base_model or Path(sources[0], "README.md")).data.license
     found = [find_sample(args, global_step, *image[:2]) for image in validation_images(args)[: len(prompts)]]
     images = [Image.open(file) for file in found if file]
+    delete(args.output_dir / "grid.png")  # it may be of an earlier run
     if images:
         make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "grid.png")
     # A result that is not uploaded can be loaded from any folder, as well.

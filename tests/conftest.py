@@ -13,6 +13,7 @@ what libraries read when they are imported (HF_ENDPOINT, OMP_NUM_THREADS): that 
 """
 
 import functools
+import gc
 import json
 import logging
 import multiprocessing
@@ -29,6 +30,7 @@ import threading
 import time
 import traceback
 import warnings
+import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from io import BytesIO
 from pathlib import Path
@@ -75,6 +77,7 @@ torch.set_num_threads(1)
 # A fork makes torch's other pool anew, when it is first asked for: not by two threads of autograd at once.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 PartialState(cpu=True)  # the script's logger asks it for the rank
+gc.freeze()  # or a child's garbage collector touches, and so copies, the memory of all imports
 FORKING = threading.Lock()  # two threads that fork at the same time can block each other's child
 
 
@@ -346,7 +349,7 @@ def record_models(file):
     """In the child, around `main`: records what goes in and out of the models, and saves that.
 
     `steps` has a dict for each micro-step, `rates` and `clipped` the rate and the gradient's norm of each
-    step, `frozen` the weights of the encoders at the end.
+    step, `frozen` the `checksums` of the encoders at the end.
     """
     record = {"steps": [], "rates": [], "clipped": [], "frozen": {}}
     latest, frozen = {}, {}
@@ -402,7 +405,7 @@ def record_models(file):
     try:
         yield
     finally:
-        record["frozen"] = {name: dict(model.state_dict()) for name, model in frozen.items()}
+        record["frozen"] = {name: checksums(model) for name, model in frozen.items()}
         torch.save(record, file)
 
 
@@ -597,6 +600,12 @@ def train_fresh(start_run):
 def same_weights(left, right):
     """Whether two sets of weights are the same, bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def checksums(model):
+    """The dtype and the checksum of each tensor, {name: (dtype, number)}: an encoder has 80 MB."""
+    tensors = {name: tensor.contiguous().reshape(-1) for name, tensor in model.state_dict().items()}
+    return {name: (t.dtype, zlib.crc32(t.view(torch.uint8).numpy())) for name, t in tensors.items()}
 
 
 def distance(left, right):

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import IMAGES, TESTS
 from PIL import Image
+from tiny_models import ALL_MERGES, copy_tokenizer, make_tokenizer
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from transformers import CLIPTokenizerFast
@@ -452,8 +453,9 @@ def test_caption_dropout_drops_its_fraction_and_by_default_none(tokenizer):
     assert abs(sampled.count(empty) - fraction * count) < 4 * deviation
 
 
-def test_both_tokenizer_formats_give_clips_ids(models):
-    new, old = models / "prior" / "tokenizer", models / "decoder" / "tokenizer"
+def test_both_tokenizer_formats_give_clips_ids(tmp_path):
+    new, old = tmp_path / "new", copy_tokenizer(tmp_path / "old", ALL_MERGES)
+    make_tokenizer(ALL_MERGES).save_pretrained(new)
     assert (new / "tokenizer.json").exists() and not (old / "tokenizer.json").exists()
     texts = ["a photo of a cat", "", "Café – 猫 🐈!", *(row["text"] for row in ROWS)]
     tokens, tokens_old = (

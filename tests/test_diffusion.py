@@ -132,7 +132,7 @@ RANKS = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_sam
 RANKS |= {"max_train_steps": 4, "checkpointing_steps": 1, "use_ema": True, "learning_rate": 1e-3}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_step_is_the_same_however_its_samples_are_shared_out(train, train_ranks, steady_prior, ranks):
     """Eight samples: in two micro-steps of four, in eight of one, and on two ranks."""
     flags = RANKS | {"pretrained_prior_model_name_or_path": steady_prior, "adam_epsilon": 1e-3}
@@ -325,7 +325,7 @@ def test_bf16_is_for_the_encoders_and_matrix_products_and_the_loss_is_float32(tr
     run, exact = train(**BF16, **flags), train(**PRECISE, **flags)
     assert run.returncode == exact.returncode == 0, (run, exact)
     for encoder in run.record["frozen"].values():
-        assert {value.dtype for value in encoder.values() if value.is_floating_point()} == {torch.bfloat16}
+        assert {dtype for dtype, _ in encoder.values() if dtype.is_floating_point} == {torch.bfloat16}
     losses, exact_losses = run.logged("train_loss"), exact.logged("train_loss")
     assert losses != exact_losses
 
@@ -358,7 +358,7 @@ def test_bf16_is_for_the_encoders_and_matrix_products_and_the_loss_is_float32(tr
         (None, "bf16", "bf16"),
         ("no", "bf16", "no"),
         ("fp16", None, "no"),  # a CPU has none
-        (None, "fp16", "no"),
+        pytest.param(None, "fp16", "no", marks=pytest.mark.slow),
     ],
 )
 def test_the_precision_is_the_flags_or_else_accelerates(train, steady_prior, flag, configured, used):

@@ -104,11 +104,9 @@ def train_edited(train, edit):
 # ------------------------------------------------------------------------------ edits that train another way
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("loss", "jitter", "attention only")]
-
-
-@pytest.mark.parametrize("name", ["LoRA", *SLOW])
-@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LoRA", "loss", "jitter", "attention only"])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_edited_script_resumes_to_the_same_weights(train, train_edited, edit, tmp_path, name, num_workers):
     run = train_edited(name)
     flags = FLAGS | {"patch": edit(name), "dataloader_num_workers": num_workers}
@@ -223,6 +221,7 @@ def test_a_typo_in_the_logging_of_images_is_one_warning_with_its_traceback(train
     assert sorted(run.samples()) == [(0, 0), (2, 0), (4, 0)]
 
 
+@pytest.mark.slow
 def test_a_caption_prefix_by_a_new_flag_is_trained_on_also_from_a_cache(train_edited, tmp_path):
     """The second prefix finds the cache of the first."""
     for prefix in ("emoji : ", "a drawing of a "):

@@ -102,7 +102,10 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(train, unbroken,
     assert_resumes(train, run, unbroken)
 
 
-@pytest.mark.parametrize("name", ["save_checkpoint", "save_pipeline", "save_model_card"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("save_checkpoint", "save_model_card")]
+
+
+@pytest.mark.parametrize("name", ["save_pipeline", *SLOW])
 def test_a_signal_after_the_last_step_ends_the_run(train, unbroken, tmp_path, name):
     """The last checkpoint is completed. Later nothing is, and Python's handlers are back."""
     flags = RUN | {"checkpointing_steps": 7, "output_dir": tmp_path / "run"}
@@ -375,6 +378,7 @@ def test_two_runs_in_one_folder_are_refused(train, tmp_path):
 # ------------------------------------------------------------------------------------------- odd environments
 
 
+@pytest.mark.slow
 def test_a_run_works_with_the_environment_of_a_notebook_a_plain_terminal_and_a_long_tmpdir(
     train_fresh, images, tmp_path
 ):
@@ -413,6 +417,7 @@ def test_the_trackers_folder_may_lie_anywhere(train, tmp_path):
     assert again.returncode == 0, again
 
 
+@pytest.mark.slow
 def test_main_can_be_called_again_in_a_process_and_in_a_thread(train, models, images, tmp_path):
     """As cells of a notebook and apps do. Each run is what it is in a process of its own."""
     bf16 = SHORT | {"mixed_precision": "bf16", "gradient_accumulation_steps": 2, "dataloader_num_workers": 1}

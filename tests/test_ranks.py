@@ -194,6 +194,7 @@ def check_buckets():
     torch.optim.AdamW.step = check_and_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradients_in_ddps_buckets_change_no_bit(train_ranks, accumulation):
     flags = FLAGS | {"gradient_accumulation_steps": accumulation}
@@ -206,10 +207,8 @@ def test_gradients_in_ddps_buckets_change_no_bit(train_ranks, accumulation):
 PROMPTS = ["an owl", "a tomato", "a canoe", "a llama", "books"]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "prompts", "held_out"),
-    [(2, 1, 5), *(pytest.param(4, *counts, marks=pytest.mark.slow) for counts in ((1, 1), (3, 5), (5, 9)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "prompts", "held_out"), [(2, 1, 5), (4, 1, 1), (4, 5, 9)])
 def test_uneven_shares_give_what_one_process_gives(train, train_ranks, ranks, prompts, held_out):
     """Before the first step, since ranks train on other samples. A batch has four rows."""
     flags = FLAGS | {"train_batch_size": 4, "max_train_steps": 1, "validation_split": held_out}

@@ -368,6 +368,7 @@ def test_two_ranks_train_as_one_with_buckets(train_ranks, train_shapes, shapes, 
 # -------------------------------------------------------------------------------------------------- bad rows
 
 
+@pytest.mark.slow
 def test_the_only_image_of_its_shape_may_be_unreadable(train, tmp_path):
     """With --skip_bad_rows others replace it, and one without a shape; without, the run ends in a line."""
     folder = write_images(tmp_path / "images", [(60, 60)] * 6 + [(64, 30), (64, 64)])

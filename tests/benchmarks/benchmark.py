@@ -275,11 +275,12 @@ def main():
         rows[name] = run_measure(size, args.out / f"{name}.log", measure, argv, started)
         shutil.rmtree(work / f"run-{name}", ignore_errors=True)
         base = rows.get(BASE, {}).get("images_per_second")
+        if "images_per_second" in rows[name]:
+            tflops = rows[name]["images_per_second"] * results["tflop_per_image"]
+            rows[name]["share_of_ceiling"] = tflops / results["ceiling_tflops"]
         for row in rows.values():
-            if "images_per_second" in row:
-                row |= {"ratio": row["images_per_second"] / base} if base else {}
-                tflops = row["images_per_second"] * results["tflop_per_image"]
-                row["share_of_ceiling"] = tflops / results["ceiling_tflops"]
+            if base and "images_per_second" in row:
+                row["ratio"] = row["images_per_second"] / base
         file.write_text(json.dumps(results, indent=2))
         print(f"{name}, {time.time() - started:.0f} s: {rows[name]}", file=sys.stderr, flush=True)
     print(make_table(results))

@@ -122,12 +122,12 @@ def measure_prompts(count: int) -> list:
     results, args = [], parse_script_args("--validation_prompts", *prompts)
     pixels = np.random.default_rng(0).integers(0, 64, (1024, 1024, 3), np.uint8)
     for prompt, name, _ in script.validation_images(args):
-        text, file = PngInfo(), script.sample_file(args, 0, name)
+        text, file = PngInfo(), args.output_dir / "samples" / f"step-{0:07d}-{name}.png"
         text.add_itxt("prompt", prompt)
         file.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(file, pnginfo=text)
         for step in range(1, 20):
-            os.link(file, script.sample_file(args, step, name))
+            os.link(file, file.with_name(f"step-{step:07d}-{name}.png"))
     with measure(results, "contact sheet of 20 validations at 1024 pixels"):
         script.save_contact_sheet(args)
     return results

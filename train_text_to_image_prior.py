@@ -10,14 +10,14 @@ To resume, run the same command again with --resume_from_checkpoint=latest. The 
 Part 1 is the training, in the order in which it runs. Read `main` first:
 
     arguments      parse_args
-    data           load_train_dataset, check_rows, load_image, make_augmentations, list_captions,
-                   preprocess_train
+    data           load_train_dataset, check_rows, load_image, make_augmentations, make_image_transforms,
+                   list_captions, preprocess_train
     models         load_encoders, load_prior, save_prior, load_ema, make_optimizer, make_lr_scheduler
     diffusion      encode_batch, sample_noise, sample_timesteps, diffusion_loss
     validation     is_validation_due, load_decoder, validation_images, log_validation
     main           main
 
-Part 2 is what the training stands on. Skip it on a first reading:
+Part 2 supports the training. Skip it on a first reading:
 
     folders        load_folder, read_image_folder, read_metadata
     samples        choose_sizes, order_rows, order_batches, SampleDataset, load_batches
@@ -31,7 +31,7 @@ Part 2 is what the training stands on. Skip it on a first reading:
 Where to edit: the loss in `diffusion_loss`, augmentation in `make_augmentations`, the text of captions in
 `list_captions`, the choice among them in `choose_caption`, image sizes in `choose_sizes`, data layouts in
 `load_folder`, the optimizer in `make_optimizer`, its schedule in `make_lr_scheduler`, trainable parameters or
-adapters in `load_prior` and `save_prior`, trackers in `log_images_to_tracker`.
+LoRA in `load_prior` and `save_prior`, trackers in `log_images_to_tracker`.
 
 Sizes: an image of --resolution=768 pixels becomes 24 x 24 latents, since the image encoder's stride is 32.
 The decoder turns 24 x 24 latents into 1024 pixels, 42.67 times as many: it was trained on latents of
@@ -56,6 +56,7 @@ import multiprocessing
 import os
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -138,7 +139,7 @@ Image.init()
 IMAGE_FORMATS = [name for name in IMAGE_FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # an editor's history can be longer than 1 MB
 MAX_IMAGE_PIXELS = 10**8  # a small file can hold an image that fills the memory
-# Longer images are cropped to it: resizing 60000 x 1 pixels to height 512 would fill the memory.
+# Longer images are cropped first: resizing 60000 x 1 pixels to height 512 would fill the memory.
 MAX_ASPECT_RATIO = 8
 PRIOR_FLAG = "pretrained_prior_model_name_or_path"  # of the prior, its tokenizer and its text encoder
 MIN_LOSS_SCALE = 2.0**-20  # fp16's loss scale is halved at each overflow; below this the run has diverged
@@ -191,7 +192,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--image_column", "column of the images", "image")
     flag("--caption_column", "column of the captions, strings or lists of strings", "text")
     flag("--max_train_samples", "number of rows to use, selected with the seed", None, positive_int)
-    flag("--validation_split", "rows, or below 1 a fraction, to hold out", None, bounded(float, 1e-9))
+    flag("--validation_split", "rows to hold out; a fraction if below 1", None, bounded(float, 1e-9))
     flag("--resolution", "side of the square crop, in pixels", 512, bounded(int, STRIDE))
     switch("--aspect_ratio_buckets", "train on sizes near the images' own shapes")
     switch("--random_crop", "crop at a random position instead of the center")
@@ -209,8 +210,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     switch("--gradient_checkpointing", "use less memory, with a slower backward pass")
     choice("--mixed_precision", [None, "no", "fp16", "bf16"], "the default is Accelerate's configuration")
     switch("--allow_tf32", "use TF32 for float32 matrix products on CUDA")
-    switch("--use_ema", "average the weights; the average is validated and saved")
-    switch("--offload_ema", "keep the average in main memory, with slower steps")
+    switch("--use_ema", "validate and save an average (EMA) of the weights")
+    switch("--offload_ema", "keep the average in main memory; steps are slower")
     choice("--loss_weighting", ["none", "p2"], "p2: as in the original training")
     choice("--timestep_sampling", ["uniform", "stretched"], "stretched: as in the original training")
     flag("--caption_dropout", "fraction of captions that are replaced by the empty one", 0.0, fraction)
@@ -220,11 +221,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     choice("--optimizer", ["adamw", "adamw8bit", "adafactor"], "the last two need less memory")
     eight_bit = {"dest": "optimizer", "action": "store_const", "const": "adamw8bit"}
     group.add_argument("--use_8bit_adam", **eight_bit, help="an alias of --optimizer=adamw8bit")
-    flag("--learning_rate", "at the schedule's peak", 1e-4, non_negative)
+    flag("--learning_rate", "peak learning rate", 1e-4, non_negative)
     choice(
         "--lr_scheduler", ["constant", *(s.value for s in SchedulerType if s.value != "constant")], "schedule"
     )
-    flag("--lr_warmup_steps", "steps, for schedules with a warm-up", 500, natural)
+    flag("--lr_warmup_steps", "warm-up steps of the schedule", 500, natural)
     flag("--lr_step_rules", "rules for piecewise_constant, multiplier:until_step, 1:100,0.1:200,0.01")
     flag("--adam_beta1", "decay of the average of gradients", 0.9, fraction)
     flag("--adam_beta2", "decay of the average of squared gradients", 0.999, fraction)
@@ -236,13 +237,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--output_dir", "folder for everything that is written", "wuerstchen-model-finetuned")
     switch("--overwrite_output_dir", "replace another run's files in --output_dir")
     flag("--checkpointing_steps", "steps between checkpoints", 500, positive_int)
-    flag("--checkpoints_total_limit", "number of checkpoints to keep; default: all", None, positive_int)
+    flag("--checkpoints_total_limit", "number of checkpoints to keep, or all", None, positive_int)
     flag("--resume_from_checkpoint", "'latest' or the path of a checkpoint")
     group.add_argument("--validation_prompts", nargs="+", help="prompts for validation images")
     flag("--validation_epochs", "epochs between validations", 5, positive_int)
     flag("--validation_steps", "steps between validations, instead of epochs", None, positive_int)
     sizes = {"type": positive_int, "nargs": "+", "metavar": "PIXELS"}
-    group.add_argument("--validation_size", **sizes, help="WIDTH HEIGHT ... of more images of each prompt")
+    group.add_argument("--validation_size", **sizes, help="WIDTH HEIGHT ... of additional images")
     flag("--logging_dir", "folder of the trackers' files, relative to --output_dir", "logs")
     flag("--report_to", "trackers: tensorboard, wandb, comet_ml, ..., all, none", "tensorboard")
     flag("--tracker_project_name", "project that trackers log to", "text2image-fine-tune")
@@ -381,7 +382,7 @@ def load_image(value: dict) -> Image.Image:
             raise ValueError("it is a Git LFS pointer: run `git lfs pull`")
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_IMAGE_PIXELS:.0e}")
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_IMAGE_PIXELS:,}")
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
             raise ValueError("the range of its pixel values is unknown: save it with 8 or 16 bits")
         image.load()
@@ -405,15 +406,15 @@ def load_image(value: dict) -> Image.Image:
             raise
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         name = printable(value["path"] or "no file name")
-        reason = re.sub(" <_io.*", "", str(error))  # its address would make each report another one
+        reason = re.sub(" <_io.*", "", str(error))  # an address would make each message unique
         raise ValueError(f"the image ({name}) cannot be read: {kind}{printable(reason)}") from error
 
 
 def make_augmentations(args: argparse.Namespace, size: tuple[int, int]) -> list[Callable]:
     """The random transforms of training images, from PIL image to PIL image. Add yours here.
 
-    They are called with an image that covers `size`, (height, width): --resolution squared, or the bucket's.
-    The center is cropped to it afterwards. They may use the default generators of torch, Python and numpy,
+    Their input covers `size`, (height, width): a square of side --resolution, or the bucket's size. The
+    center is cropped to it afterwards. They may use the default generators of torch, Python and numpy,
     which are seeded for each sample. Held-out rows are not augmented, and --cache_latents is rejected if
     there is any augmentation.
     """
@@ -428,7 +429,7 @@ def make_augmentations(args: argparse.Namespace, size: tuple[int, int]) -> list[
 def make_image_transforms(
     size: tuple[int, int], augmentations: Sequence[Callable] = ()
 ) -> transforms.Compose:
-    """From a PIL image to the pixels of its center, (3, height, width) uint8, for `size`, (height, width)."""
+    """Resizes a PIL image to cover `size`, (height, width), and crops it: (3, height, width) uint8."""
     height, width = size
 
     def resize_to_cover(image: Image.Image) -> Image.Image:
@@ -444,8 +445,8 @@ def make_image_transforms(
 
 
 def list_captions(row: dict, args: argparse.Namespace) -> list[str]:
-    """A row's captions, a string or a list of strings, as a list. Change their text here: what is returned is
-    what is trained on, cached and compared on resuming.
+    """A row's captions, a string or a list of strings, as a list. Change their text here: the result is
+    trained on, cached and compared on resuming. Validation prompts are not changed.
 
     Raises:
         ValueError: if they are neither.
@@ -596,7 +597,7 @@ def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace) -> torch.op
     elif args.optimizer == "adafactor":
         from transformers import Adafactor as optimizer_cls
 
-        # The learning rate is the schedule's alone, as for AdamW.
+        # Turn off Adafactor's own learning rate schedule.
         settings = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     else:
         optimizer_cls = torch.optim.AdamW
@@ -607,8 +608,8 @@ def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace) -> torch.op
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, first_step: int):
-    """The schedule, which multiplies each parameter group's learning rate by a factor of the step, from
-    `first_step` on."""
+    """The schedule, which multiplies each parameter group's learning rate by a factor that depends on the
+    step, from `first_step` on. A new one also needs a name in --lr_scheduler."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     # Skipped fp16 steps still advance the schedule. PyTorch warns if the first one is skipped.
@@ -730,8 +731,7 @@ def diffusion_loss(
 def check_finite(accelerator: Accelerator, loss: float, grad_norm: float, step: int, rows: list[int]):
     """Ends the run before a loss or gradient that is not finite reaches the weights.
 
-    In fp16 an overflow is normal: the gradient scaler skips the step and halves its scale, until it is too
-    small.
+    In fp16 an overflow skips the step and halves the loss scale; the run ends when that is too small.
     """
     if accelerator.scaler is None:
         diverged = not math.isfinite(loss + grad_norm)
@@ -747,7 +747,7 @@ def is_validation_due(
     global_step: int, args: argparse.Namespace, samples_per_step: int, num_rows: int
 ) -> bool:
     """Whether to validate: before the first step, and then every --validation_steps, or after the first epoch
-    and every --validation_epochs from there."""
+    and every --validation_epochs from there. (`main` also validates after the last step.)"""
     if global_step == 0 or args.validation_steps is not None:
         return global_step % (args.validation_steps or 1) == 0
     epochs = [step * samples_per_step // num_rows for step in (global_step - 1, global_step)]
@@ -773,10 +773,10 @@ def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.Wue
 
 
 def decoder_image_size(decoder: wuerstchen.WuerstchenDecoderPipeline, resolution: float) -> int:
-    """The side in pixels of the image that latents trained at `resolution` stand for: 1024 for 768.
+    """The side in pixels of an image generated after training at `resolution`: 1024 for 768.
 
-    The decoder's own latents are `latent_dim_scale` times as many, and it halves them level by level, so not
-    every side is possible. The nearest one is taken.
+    The decoder scales latents by `latent_dim_scale` and halves them at each level, which not every side
+    allows. Returns the nearest possible side.
     """
     config, scale = decoder.decoder.config, decoder.config.latent_dim_scale
     divisor = config.patch_size * 2 ** (len(config.c_hidden) - 1)
@@ -786,8 +786,8 @@ def decoder_image_size(decoder: wuerstchen.WuerstchenDecoderPipeline, resolution
 
 
 def validation_images(args: argparse.Namespace) -> list[tuple[str, str, tuple[float, float]]]:
-    """What is generated: each image's prompt, the end of its file's name, and the resolutions in training
-    that its width and height stand for. The images of all prompts at --resolution come first."""
+    """The images to generate: each one's prompt, the end of its file's name, and the training resolutions of
+    its width and height. Images at --resolution come first."""
     pixels, sizes = args.validation_size or [], [("", [args.resolution] * 2)]
     for size in zip(pixels[::2], pixels[1::2], strict=True):
         sizes.append((f"-{size[0]}x{size[1]}", [side * STRIDE / RESOLUTION_MULTIPLE for side in size]))
@@ -826,12 +826,12 @@ def log_validation(
 def generate_images(
     accelerator: Accelerator, args: argparse.Namespace, prior, decoder, noise_scheduler, prompt_embeds: dict
 ) -> list[Image.Image]:
-    """The `validation_images`, shared out among the ranks; none, and a warning, if one fails.
+    """Generates `validation_images`, split among the ranks. If one fails, warns and returns [].
 
     They are generated as the published pipelines do, in the nearest size that the decoder supports.
     """
-    # The pipeline reads the dtype of `text_encoder` only, so pass the prior: in half precision the timesteps
-    # would differ from the training's.
+    # Pass the prior as text encoder: the pipeline reads only its dtype, and half-precision timesteps would
+    # differ from training.
     pipeline = wuerstchen.WuerstchenPriorPipeline(None, prior, prior, noise_scheduler)
     pipeline.set_progress_bar_config(disable=True)
     decoder.set_progress_bar_config(disable=True)
@@ -851,7 +851,7 @@ def generate_images(
         ).image_embeddings
         return decoder(latents, prompt, guidance_scale=0.0, generator=generator).images[0]
 
-    with only_warn("Generating validation images"):  # nothing in here may wait for other ranks
+    with only_warn("Generating validation images"):  # no collectives in this block
         decoder.to(accelerator.device)
         with accelerator.split_between_processes(wanted) as own_share, accelerator.autocast():
             progress = tqdm(own_share, "Images", leave=False, disable=not accelerator.is_main_process)
@@ -874,7 +874,7 @@ def compute_held_out_loss(
     num_rows: int,
 ) -> dict[str, float]:
     """The mean loss of the held-out rows, in total and for each band of timesteps. A row's noise and timestep
-    follow from its number: they are the same every time, and the timesteps divide [0, 1) evenly."""
+    depend on its number only; the timesteps are evenly spaced in [0, 1)."""
     device = accelerator.device
     sums = torch.zeros(2, NUM_LOSS_BANDS, device=device)  # of losses and of samples
     for batch in tqdm(batches, "Held-out loss", leave=False, disable=not accelerator.is_main_process):
@@ -896,19 +896,19 @@ def compute_held_out_loss(
 # ------------------------------------------------------------------------------------------------------- main
 def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not split up
     args = parse_args(argv)
-    accelerator = setup_accelerator(args)  # all ranks run `main`, rank 0 alone what `is_main_process` guards
+    accelerator = setup_accelerator(args)  # all ranks run `main`; `is_main_process` is rank 0
     device, is_main_process = accelerator.device, accelerator.is_main_process
 
-    # Where the run starts: at step 0, or at a checkpoint, whose seed it keeps.
+    # Start at step 0, or at a checkpoint and with its seed.
     lock_output_dir(accelerator, args)
     checkpoint = find_checkpoint(args)
     stale_checkpoints = check_output_dir(args, checkpoint)
     state = read_state(checkpoint) if checkpoint else {"global_step": 0, "validated_step": -1}
     if not checkpoint or stale_checkpoints or checkpoint.parent != args.output_dir.resolve():
-        state["wandb_run_id"] = f"{random.getrandbits(40):010x}"  # also of a branch: wandb has its steps
+        state["wandb_run_id"] = secrets.token_hex(5)  # a branch needs a new run, since wandb has its steps
     global_step = first_step = state["global_step"]
     if args.seed is None:
-        args.seed = state["plan"]["seed"] if checkpoint else random.getrandbits(31)
+        args.seed = state["plan"]["seed"] if checkpoint else secrets.randbelow(2**31)
     if is_main_process:
         args.hub_model_id = check_destinations(args)
     args.seed, args.hub_model_id = broadcast_object_list([args.seed, args.hub_model_id])
@@ -941,7 +941,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     decoder = load_decoder(args, encoders[0].dtype)  # without prompts only a check: the result needs it
     decoder = decoder if args.validation_prompts else None
     prompt_embeds = {p: embed_captions(tokenize_captions([p], tokenizer), encoders[0]) for p in prompts}
-    stop, signals = False, []  # signals to stop, from `deferred_signals`
+    stop, saved, signals = False, True, []  # signals to stop, from `deferred_signals`
     load = functools.partial(load_batches, args, device, signals)
     preprocess = functools.partial(preprocess_train, args=args, tokenizer=tokenizer)
     if args.cache_latents:
@@ -978,15 +978,15 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     prior.train()
     progress = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=not is_main_process)
     with deferred_signals(signals), progress, logging_redirect_tqdm():
-        # The first turn validates the untrained prior, the last one saves a checkpoint and takes no step.
+        # The first iteration validates the untrained prior; the last one only saves a checkpoint.
         while True:
             # ---- Once in a while: validate (all ranks), save a checkpoint (rank 0 writes, all wait), stop
-            is_last = global_step >= args.max_train_steps
-            is_due = not is_last and is_validation_due(global_step, args, samples_per_step, num_rows)
+            is_done = global_step >= args.max_train_steps
+            is_due = not is_done and is_validation_due(global_step, args, samples_per_step, num_rows)
             if is_due and not stop and state["validated_step"] != global_step:
                 validate(global_step)
                 state["validated_step"] = global_step
-            if global_step > first_step and (stop or is_last or global_step % args.checkpointing_steps == 0):
+            if global_step > first_step and (stop or is_done or global_step % args.checkpointing_steps == 0):
                 state["global_step"] = global_step
                 saved = save_checkpoint(accelerator, args, state, unwrapped_prior, ema_prior, optimizer)
             if stop:
@@ -994,7 +994,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                     logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
                 end_training(accelerator)
                 sys.exit(128 + max(signals, default=signal.SIGTERM) if saved else 74)  # EX_IOERR
-            if is_last:
+            if is_done:
                 break
 
             # ---- One training step (all ranks), random as follows from the seed and the samples' positions
@@ -1025,7 +1025,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             optimizer.zero_grad()
             lr_scheduler.step()
             if ema_prior is not None:
-                ema_prior.to(device)  # --offload_ema: the gradients, which are as large, have been freed
+                ema_prior.to(device)  # --offload_ema: uses the memory of the freed gradients
                 ema_prior.step(prior.parameters())
                 ema_prior.to("cpu" if args.offload_ema else device)
             global_step += 1
@@ -1045,8 +1045,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                 delete(stale_checkpoints.pop())
             progress.set_postfix(metrics, refresh=False)
             progress.update()
-    if signals:  # in the last step, whose checkpoint is saved; from here on a signal ends the process
-        sys.exit(128 + signals[0])
+    if signals:  # in the last step; from here on a signal ends the process
+        sys.exit(128 + signals[0] if saved else 74)
     # The result is on disk before anything is validated or uploaded.
     if is_main_process:
         with ema_weights(unwrapped_prior, ema_prior):
@@ -1061,16 +1061,16 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     end_training(accelerator)
 
 
-# ======================================= Part 2: what the training stands on. Skip it on a first reading
+# ================================================= Part 2: supporting code. Skip it on a first reading
 
 
 # ---------------------------------------------------------------------------------------------------- folders
-# Finds the captioned images, or the data files, in a folder as people have it.
+# Finds the captioned images or the data files in a folder.
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Includes formats that are not opened, so that a captioned image never disappears silently.
 IMAGE_SUFFIXES = {*Image.registered_extensions(), ".avif", ".heic", ".heif", ".jxl"}
-# Data files and the builders of `datasets` for them. The first kind that is there is read: beside each tar
-# img2dataset writes a Parquet file without images.
+# Suffixes and `datasets` builders of data files. The first suffix found is read: img2dataset writes a Parquet
+# file without images beside each tar.
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
 csv.field_size_limit(2**31 - 1)
 
@@ -1097,14 +1097,14 @@ def load_folder(source: str, args: argparse.Namespace) -> datasets.Dataset:
     columns = {
         "image": [{"path": path, "bytes": None} for path, _ in rows],
         args.caption_column: [captions for _, captions in rows],
-        # For the fingerprint: the cache of latents is made anew for an edited file.
+        # Changes the fingerprint: an edited file is encoded again.
         "modified": [os.path.getmtime(path) if os.path.exists(path) else None for path, _ in rows],
     }
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
 
 
 def list_files(folder: str, parents: tuple[str, ...] = ()) -> list[str]:
-    """All files in a folder, except hidden ones. Links are followed, unless they lead in a circle."""
+    """All files in a folder, except hidden ones (.* and __*). Links are followed, except cycles."""
     files, parents = [], (*parents, os.path.realpath(folder))
     for entry in os.scandir(folder):
         if entry.name.startswith((".", "__")):
@@ -1136,8 +1136,7 @@ def select_train_files(files: list[str], root: str) -> list[str]:
 
 
 def read_image_folder(root: str, files: list[str], caption_column: str) -> list[tuple[str, list[str] | None]]:
-    """The path and the captions of each image that a metadata file names, and of each other one that has a
-    .txt file, in the split train.
+    """Path and captions of each image in the split train that a metadata file names or that has a .txt file.
 
     The builder "imagefolder" of `datasets` reads no .txt files, takes the caption "NA" for a missing one and
     "a::b.jpg" for a URL, and reads several metadata files in an order that changes.
@@ -1254,7 +1253,7 @@ def bucket_sizes(resolution: int) -> np.ndarray:
 
 
 def read_ratio(value: dict) -> float:
-    """The ratio of an image's height to its width, from its header, or NaN. A wrong guess only crops more."""
+    """An image's height / width, from its header, or NaN. A wrong value only crops more."""
     with contextlib.suppress(Exception):
         file = io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
         with Image.open(file, formats=IMAGE_FORMATS) as image:
@@ -1278,10 +1277,11 @@ def choose_sizes(
     ratios = np.array(broadcast_object_list([ratios])[0])
     # On a logarithmic scale 1:2 is as far from 1:1 as 2:1.
     distances = np.abs(np.log(ratios)[:, None] - np.log(sizes[:, 0] / sizes[:, 1]))
-    counts = np.bincount(distances.argmin(axis=1)[train_rows], minlength=len(sizes))
+    known = train_rows[np.isfinite(ratios[train_rows])]
+    counts = np.bincount(distances.argmin(axis=1)[known], minlength=len(sizes))
     is_used = (counts >= args.train_batch_size) | (counts == counts.max())
     nearest = np.where(is_used, distances, np.inf).argmin(axis=1)
-    # Rows that cannot be read fail later, or are replaced by others of their size: the most frequent one.
+    # Unreadable rows get the most frequent size. They fail later, or rows of that size replace them.
     nearest[np.isnan(ratios)] = counts.argmax()
     num_rows = Counter(f"{width}x{height}" for height, width in sizes[nearest].tolist())
     too_few = counts[~is_used & (counts > 0)].sum()
@@ -1298,7 +1298,8 @@ def order_rows(rows: np.ndarray, sizes: np.ndarray, args: argparse.Namespace) ->
     random order, fill batches, which are mixed with the batches of other buckets. Leftover rows carry over to
     the next epoch, so that each row is used once an epoch and no batch is smaller.
     """
-    # Without buckets a batch is a row, so that a resumed run may split up its steps in another way.
+    # Without --aspect_ratio_buckets all sizes must be the same. A batch here is one row, so that a resumed
+    # run may use another batch size.
     size = args.train_batch_size if args.aspect_ratio_buckets else 1
     buckets = defaultdict(list)
     for epoch in itertools.count():
@@ -1391,12 +1392,12 @@ def load_batches(
     batches: Iterable[list[tuple[int, int]]],
     train: bool,
 ) -> Iterator[dict]:
-    """Yields batches on the device; `batches` has the positions and rows of each. An unreadable row ends the
-    run, and so does a worker that dies, or a signal in `signals` while storage hangs."""
+    """Yields batches on the device; `batches` has the positions and rows of each. An unreadable row, a dead
+    worker, or a signal in `signals` while storage hangs, ends the run."""
     num_workers = args.dataloader_num_workers
-    # PyTorch's handler would raise anywhere in the training that a worker has died; `next` does so, as well.
+    # PyTorch's handler would raise at any point when a worker dies; `next` raises that error anyway.
     torch.utils.data._utils.signal_handling._set_SIGCHLD_handler = lambda: None
-    # Or __del__ of an iterator that cannot be made, as with a read-only /dev/shm, prints a traceback.
+    # Otherwise __del__ prints a traceback if the iterator cannot be created (read-only /dev/shm).
     torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True
     with explain_errors(args, "dataloader_num_workers"):
         dataloader = DataLoader(
@@ -1450,8 +1451,8 @@ def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenizer, *encoders) -> str:
-    """A hash of all that the cache depends on: captions and files, sizes, the tokens and pixels of some rows
-    as the code makes them now, and the encoders, their dtype and weights."""
+    """A hash of what the cache depends on: captions, files (by the fingerprint of `datasets`), sizes, the
+    encoders' dtype and weights, and tokens and pixels of 8 rows as preprocessed now."""
     sources = [inspect.getsource(function) for function in (embed_captions, embed_images, normalize_pixels)]
     models = [repr(encoder) for encoder in encoders]  # activations and strides
     digest = hashlib.sha256(repr((rows_hash, dataset._fingerprint, sizes.tolist(), sources, models)).encode())
@@ -1522,7 +1523,7 @@ def cache_latents(
     is_main_process = AcceleratorState().is_main_process
 
     def load_shard(file: Path, rows: range) -> datasets.Dataset | None:
-        """A file in the order of its rows, unless it is truncated, or an unreadable image can be read now."""
+        """A shard in row order, or None if it is truncated, or an unreadable image is readable now."""
         with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are ValueErrors
             encoded = datasets.Dataset.from_file(str(file))
             encoded = encoded.select(np.argsort(encoded.data["position"]), keep_in_memory=True)
@@ -1592,7 +1593,7 @@ def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace):
     """Locks the folder against a second run until `end_training` or the end of the process. All ranks must
     see the same folder."""
     file = args.output_dir / ".lock"
-    while LOCKS:  # of an earlier run in a notebook, which was interrupted
+    while LOCKS:  # left by an interrupted run in a notebook
         LOCKS.pop().release()
     with explain_errors(args, "output_dir"):
         if accelerator.is_main_process:
@@ -1606,13 +1607,13 @@ def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace):
 
 
 def read_state(checkpoint: Path) -> dict:
-    """What a checkpoint contains besides weights and optimizer: the step, the plan of samples, the settings,
-    the id of the wandb run, and the names and sizes of its files."""
+    """Reads trainer_state.json: global_step, validated_step, the plan of samples, settings, wandb_run_id, and
+    the sizes of the checkpoint's files."""
     return json.loads((checkpoint / STATE_FILE).read_text())
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether all files that the checkpoint lists exist with their sizes, as not in a partial copy."""
+    """Whether all files that the checkpoint lists exist with their sizes. False for a partial copy."""
     with contextlib.suppress(Exception):  # whatever lies in the folder
         files = read_state(checkpoint)["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in files.items())
@@ -1639,9 +1640,8 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 
 
 def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[Path]:
-    """Refuses a folder in which this run would replace what it did not write: a new run anything that is
-    there, one that `latest` starts anew all but logs, a resumed one newer checkpoints. Returns the
-    checkpoints to delete."""
+    """Refuses to replace files of another run: a new run refuses any file, a new run with `latest` any but
+    logs, and a resumed run newer checkpoints. Returns the checkpoints to delete."""
     stale = list_checkpoints(args.output_dir)
     names = {path.name for path in args.output_dir.iterdir() if not path.name.startswith(".")}
     if args.resume_from_checkpoint == "latest":
@@ -1667,6 +1667,9 @@ def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[
 def check_same_run(args: argparse.Namespace, plan: dict, state: dict, checkpoint: Path | None):
     """Refuses to resume with other samples or another optimizer. Reports other flags that changed, and
     settings that are rarely meant."""
+    starts = gather_object([(state["global_step"], plan)])
+    if any(start != starts[0] for start in starts):
+        raise SystemExit("processes found other rows or checkpoints: share data and --output_dir among nodes")
     saved, settings = state.get("plan", plan), state.get("settings", {})
     for name, value in plan.items():
         if saved.get(name) != value:
@@ -1690,7 +1693,7 @@ def load_optimizer_state(accelerator: Accelerator, optimizer, checkpoint: Path, 
     parameter groups stay as the flags and `make_optimizer` gave them."""
     settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     with explain_errors(args, "resume_from_checkpoint"):
-        saved = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        saved = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(saved["optimizer"])
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
@@ -1701,8 +1704,9 @@ def load_optimizer_state(accelerator: Accelerator, optimizer, checkpoint: Path, 
 def save_checkpoint(
     accelerator: Accelerator, args: argparse.Namespace, state: dict, prior, ema_prior, optimizer
 ) -> bool:
-    """Writes checkpoint-N under a temporary name, flushes and renames it, then deletes checkpoints over the
-    limit. Rank 0 writes; all ranks wait.
+    """Writes checkpoint-N: prior, prior_ema, optimizer.bin and trainer_state.json. It is written under a
+    temporary name, flushed and renamed. Then checkpoints over the limit are deleted. Rank 0 writes; all ranks
+    wait.
 
     If that fails, say on a full disk, the older checkpoints remain, the run continues, and the result is
     False. Weights that are not finite end the run.
@@ -1734,7 +1738,7 @@ def save_checkpoint(
             saved = True
             logger.info(f"Saved {checkpoint}")
             for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
-                delete(old.rename(partial))  # what a crash leaves of it is deleted next time
+                delete(old.rename(partial))  # after a crash, the next save deletes it
         except Exception as error:  # torch and safetensors raise errors of their own for a full disk
             if isinstance(error, BUGS):
                 raise
@@ -1745,8 +1749,8 @@ def save_checkpoint(
 
 
 def flush_to_disk(folder: Path, files: Iterable[Path] | None = None):
-    """Returns when a folder and its files would survive a power failure. Gives files the usual modes, since
-    safetensors 0.8 lets only their owner read them."""
+    """Flushes a folder and its files to disk. Gives files the usual modes, since safetensors 0.8 lets only
+    their owner read them."""
     os.umask(umask := os.umask(0))
     for path in [*(folder.rglob("*") if files is None else files), folder]:
         with contextlib.suppress(OSError):  # not every file system has modes, or can flush folders
@@ -1774,7 +1778,7 @@ def delete(path: Path):
 # Sets up devices and ranks, and handles signals and errors.
 # Signals that stop a run: a scheduler's or launcher's, Ctrl-C, and a closed terminal.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-# Errors of code that was edited, which keep their traceback. Libraries raise others for a wrong setting.
+# Programming errors keep their traceback. Libraries raise other types for a wrong setting.
 BUGS = (AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
 COLLECTIVE_TIMEOUT = timedelta(hours=3)  # for a rank that downloads, encodes, saves or uploads
 
@@ -1798,7 +1802,7 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     args.output_dir = Path(args.output_dir)
     with explain_errors(args, "output_dir"):
         args.output_dir.mkdir(parents=True, exist_ok=True)
-    AcceleratorState._reset_state()  # of an earlier call of `main` in this process, with another precision
+    AcceleratorState._reset_state()  # set by an earlier call of `main` in this process
     accelerator = Accelerator(
         # A plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would override a number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
@@ -1821,7 +1825,7 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it lists requests, with signed URLs
     diffusers.utils.logging.set_verbosity_error()  # it warns that the Würstchen pipelines are deprecated
     diffusers.utils.logging.disable_progress_bar()
-    # DDP's, about dimensions of size 1, whose strides have no meaning.
+    # DDP warns about strides of size-1 dimensions: harmless.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if precision != "no" and not accelerator.native_amp:
@@ -1848,7 +1852,7 @@ class LossyStream(io.TextIOBase):
 
 
 def end_training(accelerator: Accelerator):
-    """Closes the trackers and the group of ranks, when all are here."""
+    """Waits for all ranks, then closes trackers and process group."""
     accelerator.wait_for_everyone()
     with only_warn("Closing the trackers"):
         accelerator.end_training()
@@ -1858,7 +1862,8 @@ def end_training(accelerator: Accelerator):
 
 @contextlib.contextmanager
 def deferred_signals(received: list[int]) -> Iterator[None]:
-    """Appends signals that stop a run to `received` instead; a second Ctrl-C stops at once."""
+    """Appends stop signals to `received`; a second Ctrl-C exits at once. Only the training loop is covered:
+    before and after it a signal ends the process."""
 
     def handler(number: int, frame):
         if number == signal.SIGINT and received:
@@ -1879,11 +1884,11 @@ def deferred_signals(received: list[int]) -> Iterator[None]:
 
 
 def prepare_worker(worker_id: int):
-    """Leaves stopping to the main process: terminals and schedulers signal every process of a job. A batch
-    that cannot be sent, for which the main process would wait forever, ends the worker."""
+    """Ignores stop signals, which terminals and schedulers send to all processes: the main one obeys them.
+    Ends the worker if a batch cannot be sent, for which the main process would wait forever."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # sockets without files, which may be deleted, or have too long a path
+    if sys.platform == "linux":  # abstract sockets: no file that is deleted or has too long a path
         multiprocessing.connection.arbitrary_address = lambda family: f"\0{os.getpid()}-{time.time_ns()}"
 
     def end_worker(error: Exception, item):
@@ -1894,8 +1899,8 @@ def prepare_worker(worker_id: int):
 
 
 def kill_workers():
-    """Kills the data loaders' workers at exit. They ignore SIGTERM, with which multiprocessing ends its
-    processes: it would wait for them forever after an error in the training loop."""
+    """Kills the data loaders' workers at exit. They ignore SIGTERM, so multiprocessing would wait for them
+    forever after an error in the training loop."""
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -1915,8 +1920,9 @@ def explain_errors(args: argparse.Namespace, flag: str) -> Iterator[None]:
         if "LocalEntryNotFoundError" in trace:
             reason = "it is not a local folder, not in the cache, and the Hub cannot be reached"
         for file in [Path(str(value)), *Path(str(value)).rglob("*")]:
-            if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(LFS_POINTER):
-                reason = f"{file} is a Git LFS pointer: run `git lfs pull`"
+            with contextlib.suppress(OSError):  # folders, and files that cannot be read
+                if file.stat().st_size < 1000 and file.read_bytes().startswith(LFS_POINTER):
+                    reason = f"{file} is a Git LFS pointer: run `git lfs pull`"
         raise SystemExit(f"--{flag}={value}: {printable(reason)}") from None
 
 
@@ -1974,7 +1980,7 @@ def truncate_logs(args: argparse.Namespace, state: dict):
     """Removes from loss.jsonl and samples/ what a run that starts at `state` writes again."""
     with only_warn("Truncating loss.jsonl"):
         output_dir, trained = args.output_dir, state["global_step"] or -1
-        validated = min(state["validated_step"], args.max_train_steps - 1)  # the last step is, in any case
+        validated = min(state["validated_step"], args.max_train_steps - 1)  # the end is always validated
         rows = read_metrics(output_dir, "step")
         rows = [row for row in rows if row["step"] <= (trained if "train_loss" in row else validated)]
         partial = output_dir / ".loss.jsonl"
@@ -1986,7 +1992,7 @@ def truncate_logs(args: argparse.Namespace, state: dict):
 
 
 def find_sample(args: argparse.Namespace, global_step: int, prompt: str, name: str) -> Path | None:
-    """The file of one of the `validation_images`, unless there is none or it is of another prompt."""
+    """The file of a validation image. None if it is missing or shows another prompt."""
     file = args.output_dir / "samples" / f"step-{global_step:07d}-{name}.png"
     with contextlib.suppress(OSError), Image.open(file) as image:
         return file if image.info.get("prompt") == prompt else None
@@ -2095,7 +2101,7 @@ def check_destinations(args: argparse.Namespace) -> str:
                 raise ValueError("there is no token: log in with `hf auth login`")
             private = args.hub_private_repo or None
             repo_id = hub.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
-            # Asks how a file would be uploaded, which a read-only token must not. Nothing is uploaded.
+            # Raises an error for a read-only token. Uploads nothing.
             hub.preupload_lfs_files(repo_id, [hub.CommitOperationAdd("README.md", b"-")], token=token)
     return repo_id
 
@@ -2115,7 +2121,7 @@ def save_components(pipeline: diffusers.DiffusionPipeline, folder: Path):
 
 
 def move_into_place(partial: Path, output_dir: Path):
-    """Replaces parts of the result by complete ones in a temporary folder, and deletes what was there."""
+    """Moves complete parts from a temporary folder into the result, and deletes the old parts."""
     flush_to_disk(partial)
     old = output_dir / f".result.{time.time_ns()}"
     old.mkdir()
@@ -2158,7 +2164,7 @@ def save_pipeline(args: argparse.Namespace, prior, tokenizer, noise_scheduler) -
 def save_model_card(
     args: argparse.Namespace, image_size: int, global_step: int, plan: dict, accelerator: Accelerator
 ):
-    """Writes README.md: what was trained on what, for how long and how, images, and code to generate more."""
+    """Writes README.md, the model card: models, data, settings, duration, images, and code to use it."""
     prompts = args.validation_prompts or []
     sources = (args.pretrained_prior_model_name_or_path, args.dataset_name)
     base_model, dataset = (name if name and not os.path.exists(name) else None for name in sources)
@@ -2170,7 +2176,6 @@ def save_model_card(
     delete(args.output_dir / "grid.png")  # it may be of an earlier run
     if images:
         make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "grid.png")
-    # A result that is not uploaded can be loaded from any folder, as well.
     source = args.hub_model_id if args.push_to_hub else str(args.output_dir.resolve())
     speeds = [row["images_per_second"] for row in read_metrics(args.output_dir, "images_per_second")]
     duration = timedelta(seconds=round(sum(plan["samples_per_step"] / speed for speed in speeds)))
@@ -2234,7 +2239,7 @@ def push_to_hub(args: argparse.Namespace, global_step: int):
 
 @only_warn("The summary")
 def log_summary(args: argparse.Namespace, global_step: int):
-    """Says what a run that has ended has left where, and what can be done next."""
+    """Logs where the results of a finished run are, and what to do next."""
     output_dir, resume = args.output_dir, "the same command with --resume_from_checkpoint=latest and"
     losses = [f"{row['val_loss']:.4f} at step {row['step']}" for row in read_metrics(output_dir, "val_loss")]
     logger.info(
@@ -2301,7 +2306,7 @@ def compile_prior(
     timesteps = torch.zeros(batch_size, device=accelerator.device)
     inputs = (latents, timesteps, prompt_embeds.repeat(batch_size, 1, 1))
     try:
-        # Of what a backward pass needs, keep the results of matrix products and recompute what is cheap.
+        # For the backward pass, keep the results of matrix products and recompute cheap operations.
         config = torch._functorch.config
         for reason in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
             setattr(config, f"ban_recompute_{reason}", False)

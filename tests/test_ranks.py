@@ -69,6 +69,20 @@ def test_an_output_folder_that_is_not_shared_is_one_line_and_ends_all_ranks(trai
     assert not (runs[0].folder / "loss.jsonl").exists(), "nothing was trained"
 
 
+def test_ranks_that_found_other_rows_are_refused(train_ranks):
+    """Or each would train on, with other numbers of steps."""
+    load_train_dataset = script.load_train_dataset
+
+    def find_fewer_rows():
+        if os.environ["RANK"] == "1":
+            script.load_train_dataset = lambda args: load_train_dataset(args).select(range(9))
+
+    for run in train_ranks(find_fewer_rows, **FLAGS):
+        assert run.returncode == 1 and run.output.splitlines()[-1].startswith("processes found other rows"), (
+            run
+        )
+
+
 def enter_node(folder):
     """Ranks 0 and 1 run in one folder, 2 and 3 in another, and write down which rows they encode."""
     script.CACHE_SHARD_SIZE = 3

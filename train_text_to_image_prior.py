@@ -340,6 +340,8 @@ def check_rows(
                     if not os.path.abspath(path).startswith(roots):
                         raise ValueError("the image lies outside the data set's folder: move or embed it")
                     size = os.path.getsize(path)
+                    if size < 1000 and Path(path).read_bytes().startswith(LFS_POINTER):
+                        raise ValueError("it is a Git LFS pointer: run `git lfs pull`")
                 if not size:
                     raise ValueError("the image is missing or empty")
                 texts = list_captions({args.image_column: {"path": path}, args.caption_column: caption}, args)
@@ -378,8 +380,6 @@ def load_image(value: dict) -> Image.Image:
     """
     try:
         data = value["bytes"] or Path(value["path"]).read_bytes()
-        if data.startswith(LFS_POINTER):
-            raise ValueError("it is a Git LFS pointer: run `git lfs pull`")
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_IMAGE_PIXELS:,}")
@@ -677,12 +677,10 @@ def sample_noise(
         generator = torch.Generator().manual_seed(derive_seed(*key, position))
         noise.append(torch.randn(shape, generator=generator))
         uniform.append(torch.rand((), generator=generator))
-    return to_device(torch.stack(noise), device), to_device(torch.stack(uniform), device)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a CPU tensor to the device without waiting, which needs pinned memory on CUDA."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    tensors = torch.stack(noise), torch.stack(uniform)
+    if device.type == "cuda":  # or the copies would wait for the GPU
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
 def sample_timesteps(u: torch.Tensor, sampling: str) -> torch.Tensor:
@@ -1031,18 +1029,15 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             global_step += 1
 
             # ---- Logging (rank 0)
-            metrics = {
-                "train_loss": train_loss,
-                "lr": lr_scheduler.get_last_lr()[0],
-                "grad_norm": grad_norm,
-                "images_per_second": samples_per_step / (time.perf_counter() - started),
-                "epoch": global_step * samples_per_step / num_rows,
-            }
+            metrics = {"train_loss": train_loss, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": grad_norm}
+            metrics["images_per_second"] = samples_per_step / (time.perf_counter() - started)
+            metrics["epoch"] = global_step * samples_per_step / num_rows
             if device.type == "cuda":
                 metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
             log_metrics(accelerator, metrics, global_step)
-            while stale_checkpoints and is_main_process:  # not before a step has succeeded
-                delete(stale_checkpoints.pop())
+            with only_warn("Deleting newer checkpoints"):  # not before a step has succeeded
+                while stale_checkpoints and is_main_process:
+                    delete(stale_checkpoints.pop())
             progress.set_postfix(metrics, refresh=False)
             progress.update()
     if signals:  # in the last step; from here on a signal ends the process
@@ -1116,17 +1111,14 @@ def list_files(folder: str, parents: tuple[str, ...] = ()) -> list[str]:
     return files
 
 
-def suffix_of(file: str) -> str:
-    """A file's suffix in lower case, such as ".jpg"."""
-    return os.path.splitext(file)[1].lower()
-
-
 def select_train_files(files: list[str], root: str) -> list[str]:
     """The files in the split train or, if there are none, in no split. An image's split is its top-level
     folder; a data file's is any folder or its name, such as test-00000-of-00001.parquet."""
     splits = {}
     for file in files:
-        pattern = r"(?:.*/)?%s(/|(-\d{5}-of-\d{5})?\.\w+$)" if suffix_of(file) in BUILDERS else "%s/"
+        pattern = (
+            r"(?:.*/)?%s(/|(-\d{5}-of-\d{5})?\.\w+$)" if Path(file).suffix.lower() in BUILDERS else "%s/"
+        )
         match = re.match(pattern % "(train|validation|test)", Path(os.path.relpath(file, root)).as_posix())
         splits.setdefault(match and match[1], []).append(file)
     wanted = "train" if "train" in splits else None
@@ -1158,10 +1150,10 @@ def read_image_folder(root: str, files: list[str], caption_column: str) -> list[
             rows.append((path, caption))
     if len(metadata_files) > 1:
         rows.sort(key=lambda row: row[0])
-    text_files = {os.path.splitext(file)[0]: file for file in files if suffix_of(file) == ".txt"}
+    text_files = {os.path.splitext(file)[0]: file for file in files if file.lower().endswith(".txt")}
     uncaptioned = []
     for image in files:
-        if suffix_of(image) in IMAGE_SUFFIXES and image not in named_in:
+        if Path(image).suffix.lower() in IMAGE_SUFFIXES and image not in named_in:
             text_file = text_files.get(os.path.splitext(image)[0])
             if text_file:
                 text = Path(text_file).read_text(encoding="utf-8-sig", errors="surrogateescape").strip()
@@ -1216,13 +1208,14 @@ def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]
 
 def load_data_files(root: str, files: list[str], args: argparse.Namespace) -> datasets.Dataset:
     """Loads data files by `datasets`. Other columns may differ between files."""
-    suffix = next((suffix for suffix in BUILDERS if suffix in map(suffix_of, files)), None)
+    suffixes = {Path(file).suffix.lower() for file in files}
+    suffix = next((suffix for suffix in BUILDERS if suffix in suffixes), None)
     if suffix is None:
         raise ValueError(
             "it has no captioned images, WebDataset (.tar), Parquet or Arrow files. Write captions to "
             'metadata.jsonl, a line {"file_name": "cat.jpg", "text": "a cat"} for each image, or to cat.txt'
         )
-    found = [file for file in files if suffix_of(file) == suffix]
+    found = [file for file in files if file.lower().endswith(suffix)]
     files = select_train_files(found, root)
     if any("::" in file for file in files):
         raise ValueError("`datasets` takes names with '::' for URLs: rename them")
@@ -1362,7 +1355,8 @@ class SampleDataset(Dataset):
                 skipped.append(f"row {row}: {error}")
             if not self.args.skip_bad_rows:
                 return {"error": f"{skipped[0]}; fix it, or skip such rows with --skip_bad_rows"}
-            row = int(random.choice(self.rows[(self.sizes[self.rows] == self.sizes[row]).all(axis=1)]))
+            fits = (self.sizes[self.rows] == self.sizes[row]).all(axis=1) | (self.args.train_batch_size == 1)
+            row = int(random.choice(self.rows[fits]))
         return {"error": f"{MAX_BAD_ROWS} rows in succession cannot be read: {skipped[-1]}"}
 
 
@@ -1397,26 +1391,28 @@ def load_batches(
     num_workers = args.dataloader_num_workers
     # PyTorch's handler would raise at any point when a worker dies; `next` raises that error anyway.
     torch.utils.data._utils.signal_handling._set_SIGCHLD_handler = lambda: None
-    # Otherwise __del__ prints a traceback if the iterator cannot be created (read-only /dev/shm).
-    torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True
-    with explain_errors(args, "dataloader_num_workers"):
-        dataloader = DataLoader(
-            SampleDataset(dataset, sizes, rows, functools.partial(preprocess, train=train), args),
-            batch_sampler=batches,
-            collate_fn=collate_fn,
-            num_workers=num_workers,
-            worker_init_fn=prepare_worker,
-            pin_memory=device.type == "cuda",
-            timeout=BATCH_TIMEOUT if num_workers else 0,
-            generator=torch.Generator(),  # not the default one, which makes dropout's masks
-        )
-        iterator = iter(dataloader)
+    # Otherwise __del__ prints a traceback if the iterator cannot be created (read-only /dev/shm, ulimit).
+    torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__del__ = lambda self: (
+        hasattr(self, "_workers_status") and self._shutdown_workers()
+    )
+    dataloader = DataLoader(
+        SampleDataset(dataset, sizes, rows, functools.partial(preprocess, train=train), args),
+        batch_sampler=batches,
+        collate_fn=collate_fn,
+        num_workers=num_workers,
+        worker_init_fn=prepare_worker,
+        pin_memory=device.type == "cuda",
+        timeout=BATCH_TIMEOUT if num_workers else 0,
+        generator=torch.Generator(),  # not the default one, which makes dropout's masks
+    )
+    iterator = None
     while True:
         try:
+            iterator = iter(dataloader) if iterator is None else iterator
             batch = next(iterator, None)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1]
-            if "DataLoader worker (pid" in reason or "shared memory" in reason:
+            if iterator is None or "DataLoader worker (pid" in reason or "shared memory" in reason:
                 raise SystemExit(
                     f"--dataloader_num_workers={num_workers}: {printable(reason)}; each worker needs memory "
                     "and /dev/shm (docker run --shm-size=1g): use fewer, or a smaller --train_batch_size"
@@ -1425,7 +1421,8 @@ def load_batches(
                 raise
             if signals:
                 kill_workers()  # PyTorch would wait for each that is blocked
-                raise SystemExit(128 + signals[-1]) from None  # without a checkpoint
+                logger.error("Stopped without a checkpoint, since no batch came")
+                raise SystemExit(128 + signals[-1]) from None
             logger.warning_once(
                 f"Waiting for a batch for {BATCH_TIMEOUT} seconds: is the data set's storage slow?"
             )
@@ -1606,23 +1603,19 @@ def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace):
             raise ValueError("rank 0 has another folder of that name; share it between the nodes")
 
 
-def read_state(checkpoint: Path) -> dict:
-    """Reads trainer_state.json: global_step, validated_step, the plan of samples, settings, wandb_run_id, and
-    the sizes of the checkpoint's files."""
-    return json.loads((checkpoint / STATE_FILE).read_text())
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether all files that the checkpoint lists exist with their sizes. False for a partial copy."""
+def read_state(checkpoint: Path) -> dict | None:
+    """Reads trainer_state.json: global_step, validated_step, the plan of samples, settings, wandb_run_id and
+    the sizes of all files. None if a file is missing or has another size, as in a partial copy."""
     with contextlib.suppress(Exception):  # whatever lies in the folder
-        files = read_state(checkpoint)["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    return False
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        if all((checkpoint / name).stat().st_size == size for name, size in state["files"].items()):
+            return state
+    return None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    found = [path for path in Path(output_dir).resolve().glob("checkpoint-*") if is_complete(path)]
+    found = [path for path in Path(output_dir).resolve().glob("checkpoint-*") if read_state(path)]
     return sorted(found, key=lambda path: read_state(path)["global_step"])
 
 
@@ -1634,7 +1627,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     if source == "latest":
         return next(reversed(list_checkpoints(args.output_dir)), None)
     for path in (Path(source), args.output_dir / source):
-        if is_complete(path):
+        if read_state(path):
             return path.resolve()
     raise SystemExit(f"--resume_from_checkpoint={source}: there is no complete checkpoint there")
 
@@ -1738,11 +1731,14 @@ def save_checkpoint(
             saved = True
             logger.info(f"Saved {checkpoint}")
             for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
-                delete(old.rename(partial))  # after a crash, the next save deletes it
+                old.rename(args.output_dir / f".{old.name}")
+            for old in args.output_dir.glob(".checkpoint-*"):  # also after a crash or a busy file
+                with only_warn(f"Deleting {old}"):
+                    delete(old)
         except Exception as error:  # torch and safetensors raise errors of their own for a full disk
             if isinstance(error, BUGS):
                 raise
-            logger.error(f"{checkpoint} was not saved, or older ones not deleted: {printable(str(error))}")
+            logger.error(f"{checkpoint} was not saved: {printable(str(error))}")
             shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     return broadcast_object_list([saved])[0]

@@ -401,7 +401,7 @@ def test_other_folders_are_not_taken_for_checkpoints(saver, tmp_path):
     saver.save(tmp_path, 11, limit=1)
     assert steps_in(tmp_path) == [11]
     assert sum(path.name == "mine.txt" for path in tmp_path.rglob("*")) == 7, "only checkpoints are deleted"
-    assert script.is_complete(tmp_path / "elsewhere"), "of a link only the link"
+    assert script.read_state(tmp_path / "elsewhere"), "of a link only the link"
 
 
 def test_a_full_disk_costs_only_the_checkpoint(saver, tmp_path):
@@ -767,7 +767,7 @@ def test_a_full_disk_at_the_end_is_an_error_without_a_card_and_keeps_the_old_res
         monkeypatch.setattr(script.wuerstchen.WuerstchenCombinedPipeline, "save_config", no_space)
     run = train(**LONGER, output_dir=folder)
     assert run.returncode == 1 and "--output_dir" in last_line(run) and "No space left" in last_line(run), run
-    assert script.is_complete(folder / "checkpoint-3")
+    assert script.read_state(folder / "checkpoint-3")
     assert not list(folder.glob(".result*")), "it would fill the disk"
     assert (folder / "prior_pipeline").exists() == (call > 1 or not is_new)
     after = snapshot(folder)

@@ -14,6 +14,7 @@ what libraries read when they are imported (HF_ENDPOINT, OMP_NUM_THREADS): that 
 
 import functools
 import gc
+import itertools
 import json
 import logging
 import multiprocessing
@@ -66,6 +67,7 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # noqa: E402
 from tensorboard.util.tensor_util import make_ndarray  # noqa: E402
+from torch.utils._pytree import tree_flatten_with_path  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
 import train_text_to_image_prior as script  # noqa: E402
@@ -88,12 +90,16 @@ def pytest_unconfigure():
 # --------------------------------------------------------------------------------- models, images and flags
 
 
-def run_in_fork(check):
-    """Calls a test's function that uses autograd in a fork: later forks of this process could not use it."""
-    process = multiprocessing.get_context("fork").Process(target=check)
+def run_in_fork(function, statuses=(0,)):
+    """Calls a function in a fork and returns its exit status, one of these (-N: killed by signal N).
+
+    Tests use autograd in a fork only: later forks of this process could not use it.
+    """
+    process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
     process.join(300)
-    assert process.exitcode == 0, "the assertion is in the captured output"
+    assert process.exitcode in statuses, "what it wrote is in the captured output"
+    return process.exitcode
 
 
 @pytest.fixture(scope="session")
@@ -153,17 +159,9 @@ def load_weights(folder):
 
 def load_optimizer_state(checkpoint):
     """The optimizer's moments and counts in a checkpoint, by name."""
-    saved, tensors = torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True), {}
-
-    def collect(state, prefix):
-        for name, value in state.items():
-            if isinstance(value, dict):  # of a parameter, and in it of the 8-bit optimizer
-                collect(value, f"{prefix}{name}.")
-            else:
-                tensors[f"{prefix}{name}"] = torch.as_tensor(value)
-
-    collect(saved.get("optimizer", saved)["state"], "")
-    return tensors
+    saved = torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True)
+    leaves, _ = tree_flatten_with_path(saved["optimizer"]["state"])  # the 8-bit optimizer nests more dicts
+    return {".".join(str(key.key) for key in path): torch.as_tensor(value) for path, value in leaves}
 
 
 def read_wandb(folder):
@@ -198,6 +196,10 @@ class Output:
     def prior(self, step=None, name="prior"):
         """The weights of the prior, in the checkpoint of a step or in the result."""
         return load_weights(self.folder / ("prior_pipeline" if step is None else f"checkpoint-{step}") / name)
+
+    def checkpoints(self):
+        """The steps of the complete checkpoints, oldest first."""
+        return [script.read_state(folder)["global_step"] for folder in script.list_checkpoints(self.folder)]
 
     def losses(self, column="train_loss"):
         """A column of loss.jsonl, {step: number}."""
@@ -259,6 +261,16 @@ class Run(Output):
             pytest.fail(f"the run did not end in {timeout} seconds; it wrote:\n{self.output}")
         return self
 
+    def ok(self):
+        """This run, after a check that it has succeeded."""
+        assert self.returncode == 0, self
+        return self
+
+    def error(self):
+        """The last line of a run that has ended with exit status 1 and without a traceback."""
+        assert self.returncode == 1 and "Traceback" not in self.output, self
+        return self.output.strip().splitlines()[-1]
+
     def kill(self):
         """Kills the run and its processes, if it has not finished."""
         if self.returncode is None:
@@ -282,6 +294,19 @@ class Run(Output):
 
 
 # ---------------------------------------------------------------------------------------------- runs in forks
+
+
+def at_call(owner, name, call, action, rank=None):
+    """Calls `action` at the start of a function's `call`-th call, in each process or in that of a rank."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(function)
+    def counted(*args, **kwargs):
+        if next(calls) == call and rank in (None, os.environ.get("RANK")):
+            action()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, counted)
 
 
 def new_environment(env):
@@ -554,22 +579,19 @@ def run_command(command, env=None, cwd=None, timeout=300):
 
 @pytest.fixture(scope="session")
 def train_fresh(start_run):
-    """train_fresh(launcher=(), env=None, timeout=600, patch="", wrapper=(), wait=True, stdout=None,
-    argv=None, **flags): a Run.
+    """train_fresh(launcher=(), env=None, timeout=600, patch="", wrapper=(), wait=True, argv=None, **flags):
+    a Run.
 
     launcher: words between python and the script: ("-m", "torch.distributed.run", "--nproc_per_node", "2").
     patch: lines of Python that run before `main`, in which `script` is the script.
     wrapper: words before python: ("nice", "-n", "19").
     wait: whether to wait for the end; otherwise call `finish()`. Meanwhile `run.output` can be read, and
         signals be sent to `run.process`.
-    stdout: a file or subprocess.PIPE in place of the log, for both streams; `run.output` is empty then.
     env, argv: as for `train`. Nothing is reused.
     """
     runs = []
 
-    def train_fresh(
-        launcher=(), env=None, timeout=600, patch="", wrapper=(), wait=True, stdout=None, argv=None, **flags
-    ):
+    def train_fresh(launcher=(), env=None, timeout=600, patch="", wrapper=(), wait=True, argv=None, **flags):
         def launch(run, argv):
             program = run.place / "patched.py" if patch else SCRIPT
             if patch:
@@ -580,9 +602,8 @@ def train_fresh(start_run):
                     cwd=run.cwd,
                     env=new_environment(env),
                     stdin=subprocess.DEVNULL,
-                    stdout=stdout or log,
+                    stdout=log,
                     stderr=subprocess.STDOUT,
-                    text=True,
                     start_new_session=True,
                 )
 
@@ -624,9 +645,7 @@ def resumed(train, run, step, tmp_path, by="latest", **flags):
     folder = tmp_path / f"from-{step}"
     shutil.copytree(run.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
     by = folder / f"checkpoint-{step}" if by == "path" else by
-    again = train(**flags, output_dir=folder, resume_from_checkpoint=by)
-    assert again.returncode == 0, again
-    return again
+    return train(**flags, output_dir=folder, resume_from_checkpoint=by).ok()
 
 
 def assert_continues_as(again, run, step, last):

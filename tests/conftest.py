@@ -357,16 +357,15 @@ def main_in_child(run, argv, env, patch, record):
                 patch()
             sys.modules[script.__name__].main(argv)  # a patch may have put an edited script there
     except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        status = 1 if isinstance(end.code, str) else end.code or 0
+        status = end.code or 0
     except BaseException:
-        traceback.print_exc()
-        status = 1
+        status = traceback.format_exc().strip()
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
     # A forked child would wait for the loader's workers, whereas they end when their parent does.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(1 if isinstance(status, str) else status)
 
 
 @contextmanager
@@ -374,9 +373,10 @@ def record_models(file):
     """In the child, around `main`: records what goes in and out of the models, and saves that.
 
     `steps` has a dict for each micro-step, `rates` and `clipped` the rate and the gradient's norm of each
-    step, `frozen` the `checksums` of the encoders at the end.
+    step, `images` and `texts` the checksums of each batch that an encoder received, `frozen` the `checksums`
+    of the encoders at the end.
     """
-    record = {"steps": [], "rates": [], "clipped": [], "frozen": {}}
+    record = {"steps": [], "rates": [], "clipped": [], "images": [], "texts": [], "frozen": {}}
     latest, frozen = {}, {}
 
     def after(cls, name):  # calls the decorated function after each call of a method
@@ -396,11 +396,13 @@ def record_models(file):
     @after(EfficientNetEncoder, "forward")
     def note_encoder(encoder, latents, pixels):
         frozen.setdefault("image_encoder", encoder)
+        record["images"].append([checksum(image) for image in pixels])
         latest.update(pixels=pixels, latents=latents, image_encoder_training=encoder.training)
 
     @after(CLIPTextModel, "forward")
     def note_text(encoder, output, input_ids, attention_mask, **_):
         frozen.setdefault("text_encoder", encoder)
+        record["texts"].append([checksum(ids) for ids in input_ids])
         latest.update(ids=input_ids, mask=attention_mask, text_encoder_training=encoder.training)
 
     @after(DDPMWuerstchenScheduler, "add_noise")
@@ -623,10 +625,13 @@ def same_weights(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def checksum(tensor):
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 def checksums(model):
     """The dtype and the checksum of each tensor, {name: (dtype, number)}: an encoder has 80 MB."""
-    tensors = {name: tensor.contiguous().reshape(-1) for name, tensor in model.state_dict().items()}
-    return {name: (t.dtype, zlib.crc32(t.view(torch.uint8).numpy())) for name, t in tensors.items()}
+    return {name: (tensor.dtype, checksum(tensor)) for name, tensor in model.state_dict().items()}
 
 
 def distance(left, right):

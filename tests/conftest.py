@@ -486,20 +486,31 @@ def monkeypatch(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def run_forks(start_run, tmp_path_factory):
-    """run_forks(envs, patch, timeout, record, argv, **flags): the Runs of forks with these environments."""
+def train_ranks(start_run, tmp_path_factory):
+    """train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags): the finished
+    Run of each rank.
+
+    patch: called in the child before `main`.
+    env(rank): environment variables of a rank; None removes one.
+    record: whether to record what goes in and out of the models (`Run.record`, `Run.all`).
+    argv: the whole command line, in place of that which is made from `flags`; then give `output_dir`, too.
+
+    A run with the same arguments is not run again, unless the test has `monkeypatch`, or gives output_dir or
+    resume_from_checkpoint.
+    """
 
     def fork(*args, **options):
         process = multiprocessing.get_context("fork").Process(target=main_in_child, args=args, kwargs=options)
         process.start()
         return process
 
-    def run_forks(envs, patch, timeout, record, argv, **flags):
+    def train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags):
+        envs = [(env and env(rank)) or {} for rank in range(ranks)]
         key = repr((envs, patch, argv, sorted(flags.items())))
         reusable = not PATCHED and not {"output_dir", "resume_from_checkpoint"} & flags.keys()
         if reusable and key in FINISHED and record <= FINISHED[key][1]:
             return FINISHED[key][0]
-        runs, ranks, place = [], len(envs), {}
+        runs, place = [], {}
         with store_of_ranks() if ranks > 1 else nullcontext() as port:
             if ranks > 1:
                 flags = {"output_dir": tmp_path_factory.mktemp("ranks") / "out"} | flags
@@ -520,38 +531,18 @@ def run_forks(start_run, tmp_path_factory):
             FINISHED[key] = runs, record, patch  # with `patch`, whose address is in the key
         return runs
 
-    return run_forks
+    return train_ranks
 
 
 @pytest.fixture(scope="session")
-def train(run_forks):
-    """train(patch=None, env=None, timeout=300, record=False, argv=None, **flags): a finished Run.
+def train(train_ranks):
+    """train(patch=None, env=None, timeout=300, ...): a finished Run of one process. As `train_ranks`, except
+    that `env` is a dict."""
 
-    patch: called in the child before `main`.
-    env: environment variables; None removes one.
-    record: whether to record what goes in and out of the models (`Run.record`, `Run.all`).
-    argv: the whole command line, in place of that which is made from `flags`; then give `output_dir`, too.
-
-    A run with the same arguments is not run again, unless the test has `monkeypatch`, or gives output_dir or
-    resume_from_checkpoint.
-    """
-
-    def train(patch=None, env=None, timeout=300, record=False, argv=None, **flags):
-        return run_forks([env or {}], patch, timeout, record, argv, **flags)[0]
+    def train(patch=None, env=None, timeout=300, **options):
+        return train_ranks(patch, 1, lambda rank: env, timeout, **options)[0]
 
     return train
-
-
-@pytest.fixture(scope="session")
-def train_ranks(run_forks):
-    """train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags): the Run of
-    each rank. As `train`, except that env(rank) gives a rank's environment."""
-
-    def train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags):
-        envs = [env(rank) if env else {} for rank in range(ranks)]
-        return run_forks(envs, patch, timeout, record, argv, **flags)
-
-    return train_ranks
 
 
 # ------------------------------------------------------------------------------------ runs in new processes

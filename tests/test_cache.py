@@ -496,56 +496,37 @@ def test_a_row_that_could_not_be_read_is_encoded_as_soon_as_it_can(new_run, imag
 # --------------------------------------------------------------------------------------------- very many rows
 
 
-@pytest.fixture
-def cache_numbers(tmp_path, monkeypatch):
-    """cache_numbers(count): a cache in which row n has latents (16, 2, 2) of n, and two captions' embeddings
-    (77, 4) of n and -n. A third of the rows have another size."""
+def cache_and_check():
+    """At most eight files and batches of three rows, as of very many rows at most 256 and of 32."""
+    assert script.MAX_CACHE_SHARDS <= 256 and script.CACHE_BATCH_SIZE <= 32
+    script.MAX_CACHE_SHARDS = 8
+    set_sizes(3, 1)
+    cache_latents = script.cache_latents
 
-    def tokenize(captions, tokenizer):
-        return {"text_input_ids": torch.tensor([float(caption) for caption in captions])}
+    def cache_latents_and_check(*args):
+        rows = cache_latents(*args)
+        assert len(rows) == 64 and len(rows.cache_files) == 8
+        assert max(len(batch) for batch in rows.data.to_batches()) <= 3
+        assert {type(block) for block in itertools.chain(*rows.data.blocks)} == {MemoryMappedTable}
+        before = pyarrow.total_allocated_bytes()
+        for number in (63, 0, 29, 30):
+            assert rows[number]
+        assert pyarrow.total_allocated_bytes() - before < 10_000
+        return rows
 
-    def embed_images(pixels, image_encoder):
-        return pixels.flatten(1)[:, :1].float().view(-1, 1, 1, 1).expand(-1, 16, 2, 2)
-
-    def embed_captions(tokens, text_encoder):
-        return tokens["text_input_ids"].view(-1, 1, 1).expand(-1, 77, 4)
-
-    def cache(count):
-        captions = [[f"{number}", f"-{number}"] for number in range(count)]
-        rows = datasets.Dataset.from_dict({"image": list(range(count)), "text": captions})
-        args = script.parse_args([f"--train_data_dir={tmp_path}", f"--cache_dir={tmp_path}", "--seed=0"])
-        sizes = np.full((count, 2), 64)
-        sizes[::3] = 32, 128
-        load = functools.partial(script.load_batches, args, torch.device("cpu"), [])
-        return script.cache_latents(load, rows, sizes, "", args, None, None, None)
-
-    monkeypatch.setattr(script, "cache_key", lambda *_: "key")
-    monkeypatch.setattr(script, "load_image", lambda number: torch.full((3, 2, 2), number))
-    monkeypatch.setattr(script, "make_image_transforms", lambda size: lambda image: image)
-    monkeypatch.setattr(script, "tokenize_captions", tokenize)
-    monkeypatch.setattr(script, "embed_images", embed_images)
-    monkeypatch.setattr(script, "embed_captions", embed_captions)
-    script.Accelerator(cpu=True)
-    return cache
+    script.cache_latents = cache_latents_and_check
 
 
-@pytest.mark.parametrize(("shard_size", "num_files"), [(30, 10), (1, 150)])
-def test_cached_rows_are_mapped_from_few_files_and_not_held_in_memory(
-    cache_numbers, monkeypatch, shard_size, num_files
-):
+def test_rows_of_two_sizes_are_mapped_from_few_files_and_not_held_in_memory(new_run, images, tmp_path):
     """Every file stays open, and a process may open only about a thousand of them. A pass writes few rows at
     a time: 1,000, as `datasets` would, take 1 GB with five captions each."""
-    monkeypatch.setattr(script, "CACHE_SHARD_SIZE", shard_size)
-    rows = cache_numbers(300)
-    assert len(rows) == 300 and len(rows.cache_files) == num_files <= 256
-    assert max(len(batch) for batch in rows.data.to_batches()) <= 32
-    assert {type(block) for block in itertools.chain(*rows.data.blocks)} == {MemoryMappedTable}
-    before = pyarrow.total_allocated_bytes()
-    for number in (299, 0, 173, 29, 30):
-        row = rows[number]
-        latents = torch.frombuffer(bytearray(row["latents"]), dtype=torch.float32)
-        assert latents.unique().tolist() == [number] and len(latents) == 64
-        for sign, text in zip((1, -1), row["prompt_embeds"], strict=True):
-            embeds = torch.frombuffer(bytearray(text), dtype=torch.float32)
-            assert embeds.unique().tolist() == [sign * number] and len(embeds) == 77 * 4
-    assert pyarrow.total_allocated_bytes() - before < 10_000
+    folder = tmp_path / "images"
+    for row in copy_images(images, folder, 64)[::3]:
+        Image.open(folder / row["file_name"]).resize((128, 64)).save(folder / row["file_name"])
+    flags = {"train_data_dir": folder, "aspect_ratio_buckets": True, "max_train_steps": 16}
+    plain = new_run(**flags)
+    cached = new_run(cache_and_check, **flags, cache_latents=True, cache_dir=tmp_path / "cache")
+    assert {step["latents"].shape[2:] for step in plain.record["steps"]} == {(2, 2), (1, 3)}
+    for one, other in zip(plain.record["steps"], cached.record["steps"], strict=True):
+        for name in ("image_embeds", "prompt_embeds"):
+            assert (one[name] - other[name]).abs().max() < 1e-5 * one[name].abs().max(), name

@@ -48,8 +48,9 @@ LONGER = SHORT | {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
 
 
 def cases(table, *quick):
-    """The names in a table, the slow ones marked."""
-    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in table]
+    """The names or rows of a table, the slow ones marked."""
+    rows = [(row, row if isinstance(row, tuple) else (row,)) for row in table]
+    return [pytest.param(*values, marks=[] if row in quick else [pytest.mark.slow]) for row, values in rows]
 
 
 def no_space(*args, **kwargs):
@@ -146,18 +147,19 @@ def test_a_finished_run_is_resumed_with_more_steps_or_only_writes_its_result(tra
 
 
 ELASTIC = SMALL | HELD_OUT | AUGMENTED | {"max_train_samples": 20, "validation_split": 6, "use_ema": True}
-ELASTIC |= {"adam_epsilon": 1e-3, "record": True}
-# Processes, micro-batch and micro-steps of the unbroken run, and of two steps each that follow its second.
+ELASTIC |= {"adam_epsilon": 1e-3, "max_grad_norm": 0.1, "record": True}
+ELASTIC |= {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10}
+# Processes, micro-batch and micro-steps of the unbroken run, and of runs that take two steps each.
 SPLITS = {
-    "more ranks": [(1, 2, 4), (2, 2, 2)],
-    "and fewer": [(1, 2, 4), (2, 2, 2), (1, 2, 4)],
+    "two ranks, then one": [(1, 2, 4), (2, 2, 2), (1, 2, 4)],
+    "one rank, then two": [(2, 2, 2), (1, 2, 4), (2, 2, 2)],
     "other micro-batches": [(2, 4, 1), (1, 2, 4), (4, 1, 2), (2, 2, 2), (1, 8, 1)],
 }
 
 
-@pytest.mark.parametrize("case", cases(SPLITS, "more ranks"))
-def test_a_run_continues_with_other_ranks(train_ranks, shapes, steady_prior, models, tmp_path, case):
-    """And follows the unbroken one to rounding: samples, crops, captions, noise and timesteps are the same
+@pytest.mark.parametrize("case", cases(SPLITS, "two ranks, then one"))
+def test_any_ranks_train_alike_from_any_step(train_ranks, shapes, steady_prior, models, tmp_path, case):
+    """It follows the unbroken one to rounding: samples, crops, captions, noise and timesteps are the same
     and, as long as the micro-batches are, dropout's masks."""
     prior = steady_prior if case == "other micro-batches" else models / "prior"
     flags = ELASTIC | {"pretrained_prior_model_name_or_path": prior, "train_data_dir": shapes}
@@ -178,10 +180,11 @@ def test_a_run_continues_with_other_ranks(train_ranks, shapes, steady_prior, mod
         return sorted(sample.double().numpy().tobytes() for step in steps for sample in step[name])
 
     unbroken_split, *splits = SPLITS[case]
-    unbroken = start_or_resume(unbroken_split, None, 2 + 2 * len(splits))
-    runs, per_step = unbroken, unbroken_split[2]
-    for step, split in zip(range(2, 2 + 2 * len(splits), 2), splits, strict=True):
-        runs = start_or_resume(split, runs[0].folder / f"checkpoint-{step}", step + 2)
+    unbroken = start_or_resume(unbroken_split, None, 2 * len(splits))
+    per_step, checkpoint = unbroken_split[2], None
+    for step, split in zip(range(0, 2 * len(splits), 2), splits, strict=True):
+        runs = start_or_resume(split, checkpoint, step + 2)
+        checkpoint = runs[0].folder / f"checkpoint-{step + 2}"
         for name in ("pixels", "ids", "noise", "timesteps"):
             expected = samples(unbroken, name, step * per_step, (step + 2) * per_step)
             assert len(expected) == 16 and samples(runs, name, 0, None) == expected, name
@@ -190,9 +193,11 @@ def test_a_run_continues_with_other_ranks(train_ranks, shapes, steady_prior, mod
             for folder in ("prior", "prior_ema"):
                 apart = distance(runs[0].prior(done, folder), unbroken[0].prior(done, folder))
                 assert apart < 1e-4 * moved, (split, done, folder)
-        for name in ("train_loss", "val_loss"):
-            losses = [run.losses(name)[step + 2] for run in (runs[0], unbroken[0])]
-            assert losses[0] == pytest.approx(losses[1], rel=1e-4), name
+            for name in ("train_loss", "grad_norm", "lr"):
+                numbers = [run.losses(name)[done] for run in (runs[0], unbroken[0])]
+                assert numbers[0] == pytest.approx(numbers[1], rel=1e-4), name
+        losses = [run.losses("val_loss")[step + 2] for run in (runs[0], unbroken[0])]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # ----------------------------------------------------------------------------- saving: killed, and full disks
@@ -201,9 +206,11 @@ WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "shutil.r
 
 
 def kill_at(operation):
-    """Kills this process when it is about to change the file system for the `operation`-th time from now
-    on."""
+    """Kills this process when it is about to change the file system for the `operation`-th time from now on,
+    or at once."""
     seen = 0
+    if operation == 0:
+        signal.raise_signal(signal.SIGKILL)
 
     def count(event, args):
         nonlocal seen
@@ -386,29 +393,58 @@ def test_a_full_disk_for_what_is_not_essential_does_not_end_the_run(train, lost)
     assert same_weights(run.prior(), train(**UNEVEN).prior())
 
 
-# ------------------------------------------------------------ killed at any other moment, and resumed exactly
+# ----------------------------------------------------------- stopped at any other moment, and resumed exactly
 
 LIMITED = UNEVEN | {"checkpointing_steps": 2, "checkpoints_total_limit": 2}
-# A function of the script, its call, and the file operation from there on at which the process is killed.
-MOMENTS = ["generate_images 2 0", "save_pipeline 1 25", "save_checkpoint 2 9", "save_checkpoint 3 17"]
-MOMENTS += ["encode_batch 8 0", "log_validation 1 0", "save_pipeline 1 3", "log_images 2 2"]
-MOMENTS += ["save_components 2 5", "move_into_place 2 14", "save_model_card 1 0"]
+# A function of the script, its call, what happens there (a signal, or a kill at a file operation from there
+# on), and after a signal the checkpoints. After the last step, Python's own handlers are back.
+STOPPED = [
+    ("encode_batch", 8, signal.SIGTERM, [2, 3]),
+    ("encode_batch", 10, signal.SIGHUP, [2, 4]),  # a validation is due
+    ("save_pipeline", 1, signal.SIGTERM, [6, 7]),
+    ("generate_images", 2, 0, None),
+    ("save_pipeline", 1, 25, None),
+    ("check_finite", 3, signal.SIGINT, [2, 4]),  # too late for its step
+    ("save_checkpoint", 1, signal.SIGTERM, [2, 3]),
+    ("generate_images", 2, signal.SIGINT, [2, 3]),
+    ("save_checkpoint", 4, signal.SIGTERM, [6, 7]),
+    ("save_model_card", 1, signal.SIGTERM, [6, 7]),
+    ("save_checkpoint", 2, 9, None),
+    ("save_checkpoint", 3, 17, None),
+    ("encode_batch", 8, 0, None),
+    ("log_validation", 1, 0, None),
+    ("save_pipeline", 1, 3, None),
+    ("log_images", 2, 2, None),
+    ("save_components", 2, 5, None),
+    ("move_into_place", 2, 14, None),
+    ("save_model_card", 1, 0, None),
+]
 
 
-@pytest.mark.parametrize("moment", cases(MOMENTS, *MOMENTS[:2]))
-def test_a_run_killed_at_any_moment_resumes_exactly(train, tmp_path, moment):
-    name, call, operation = moment.split()
+@pytest.mark.parametrize(("name", "call", "event", "checkpoints"), cases(STOPPED, *STOPPED[:5]))
+def test_a_run_stopped_at_any_moment_resumes_exactly(train, tmp_path, name, call, event, checkpoints):
+    is_signal = isinstance(event, signal.Signals)
 
-    def kill():
-        kill_at(int(operation)) if operation != "0" else signal.raise_signal(signal.SIGKILL)
+    def patch():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, it would be ignored
+        at_call(script, name, call, functools.partial(signal.raise_signal if is_signal else kill_at, event))
 
     flags = LIMITED | {"output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
-    killed = train(functools.partial(at_call, script, name, int(call), kill), **flags)  # a new run
-    assert killed.returncode == -signal.SIGKILL, killed
-    (killed.folder / ".DS_Store").touch()  # without a checkpoint, hidden files and logs do not count
+    stopped = train(patch, **flags, dataloader_num_workers=2 * is_signal)  # a new run
+    if is_signal:
+        is_handled = name not in ("save_pipeline", "save_model_card")
+        assert stopped.returncode == (128 + event if is_handled else -event), stopped
+        assert stopped.checkpoints() == checkpoints and "Traceback" not in stopped.output
+        assert ("latest continues" in stopped.output) == (7 not in checkpoints)
+        assert (stopped.folder / "prior_pipeline").exists() == (name == "save_model_card")
+        assert not (stopped.folder / "README.md").exists()
+    else:
+        assert stopped.returncode == -signal.SIGKILL, stopped
+    (stopped.folder / ".DS_Store").touch()  # without a checkpoint, hidden files and logs do not count
     run, unbroken = train(**flags).ok(), train(**UNEVEN).ok()
     assert same_weights(run.prior(), unbroken.prior()) and run.losses() == unbroken.losses()
     assert equal_images(run.samples(), unbroken.samples()), "what had been validated, and what had not"
+    assert (run.folder / "README.md").exists()
     assert not list(run.folder.glob(".result*")) + list(run.folder.glob(".checkpoint*"))
 
 

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import distance, load_optimizer_state, load_weights, run_in_fork, same_weights, script
+from conftest import checksum, distance, load_optimizer_state, load_weights, run_in_fork, same_weights, script
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
@@ -61,6 +61,8 @@ def test_loss_gradient_and_step_are_those_of_the_formulas(train, models, steady_
         losses, norms, rates = run.logged("train_loss"), run.logged("grad_norm"), run.logged("lr")
 
         assert len(run.record["steps"]) == 6
+        epochs = [{checksum(pixels) for pixels in epoch} for epoch in run.all("pixels").split(6)]
+        assert epochs[0] == epochs[1] and len(epochs[0]) == 6, "each row once an epoch"
         for step in (1, 2, 3):
             micro_losses = []
             for micro_step in run.record["steps"][2 * step - 2 : 2 * step]:
@@ -93,36 +95,6 @@ def test_loss_gradient_and_step_are_those_of_the_formulas(train, models, steady_
             assert distance(run.prior(step), expected) < 1e-3 * distance(run.prior(step), before)
 
     run_in_fork(check)
-
-
-RANKS = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_samples": 10}
-RANKS |= {"max_train_steps": 4, "checkpointing_steps": 1, "use_ema": True, "learning_rate": 1e-3}
-
-
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_step_is_the_same_however_its_samples_are_shared_out(train, train_ranks, steady_prior, ranks):
-    """Eight samples: in two micro-steps of four, in eight of one, and on two ranks."""
-    flags = RANKS | {"pretrained_prior_model_name_or_path": steady_prior, "adam_epsilon": 1e-3}
-    flags |= {"max_grad_norm": 0.1, "lr_scheduler": "cosine", "lr_warmup_steps": 1, "record": True}
-    alone = train(**flags | {"train_batch_size": 4}).ok()
-    one_by_one = {"train_batch_size": 1, "gradient_accumulation_steps": 8} if ranks == 1 else {}
-    shared = train_ranks(ranks=ranks, **flags | one_by_one)
-    assert len(alone.record["steps"]) == 8 and len(shared[0].record["steps"]) == (32, 8)[ranks - 1]
-    assert all(run.ok().record["rates"] == alone.record["rates"] for run in shared)
-    for name in ("pixels", "ids", "noise", "timesteps"):
-        # Ranks take turns, micro-batch by micro-batch.
-        parts = [run.all(name).unflatten(0, (-1, ranks)) for run in shared]
-        assert torch.equal(alone.all(name), torch.stack(parts, dim=1).flatten(0, 2)), name
-    # Three epochs of ten rows, without augmentations.
-    epochs = [[pixels.numpy().tobytes() for pixels in epoch] for epoch in alone.all("pixels")[:30].split(10)]
-    assert len(set(epochs[0])) == 10 and all(set(epoch) == set(epochs[0]) for epoch in epochs)
-    before = load_weights(steady_prior / "prior")
-    for step in (2, 3, 4):
-        for name in ("prior", "prior_ema"):
-            moved = distance(alone.prior(step), before)
-            assert distance(shared[0].prior(step, name), alone.prior(step, name)) < 1e-4 * moved
-    for tag in ("train_loss", "grad_norm", "lr"):
-        assert shared[0].logged(tag) == pytest.approx(alone.logged(tag), rel=1e-4, abs=1e-12)
 
 
 def test_p2_weights_each_sample_by_its_share_of_noise(train, steady_prior):
@@ -432,6 +404,10 @@ def test_one_seed_gives_the_same_bits_and_another_seed_others(train):
     for name in ("pixels", "noise", "timesteps"):
         assert torch.equal(first.all(name), again.all(name))
         assert not torch.equal(first.all(name), other.all(name))
+
+
+RANKS = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_samples": 10}
+RANKS |= {"max_train_steps": 4, "checkpointing_steps": 1, "use_ema": True, "learning_rate": 1e-3}
 
 
 def use_constant_inputs():

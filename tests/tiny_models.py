@@ -14,7 +14,6 @@ of 128 pixels. All else is as small as possible: the tests' models know the firs
 vocabulary only, since reading all of it takes half a second, three times a run.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -80,18 +79,11 @@ def make_tokenizer(num_merges=NUM_MERGES):
 
 def make_text_encoder(tokenizer, width, *, seed=0):
     """A CLIP text tower of two layers whose output is (B, 77, width)."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": width, "projection_dim": width, "intermediate_size": 2 * width}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(tokenizer)}
+    sizes |= {"max_position_embeddings": tokenizer.model_max_length}
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = CLIPTextConfig(**sizes, **tokens)
     with seeded(seed):
         text_encoder = CLIPTextModel(config)
         # CLIP starts its embeddings so small that two random layers hardly tell captions apart.
@@ -144,8 +136,8 @@ def read_images(folder, resolution):
 
 
 @torch.no_grad()
-def make_encoder(*, seed=0, images=IMAGES, resolution=64):
-    """An EfficientNetEncoder with random weights whose latents of `images` are as the prior expects them:
+def make_encoder(*, seed=0, resolution=64):
+    """An EfficientNetEncoder with random weights whose latents of IMAGES are as the prior expects them:
     `(encoder(pixels) + 1) / 42` has mean 0 and deviation 1 in every channel."""
     with seeded(seed):
         encoder = EfficientNetEncoder(c_latent=LATENT_CHANNELS).eval()
@@ -154,7 +146,7 @@ def make_encoder(*, seed=0, images=IMAGES, resolution=64):
     for module in encoder.modules():
         if isinstance(module, (MBConv, FusedMBConv)) and module.use_res_connect:
             module.block[-1][1].weight.fill_(0.1)
-    pixels = read_images(images, resolution)
+    pixels = read_images(IMAGES, resolution)
 
     # Untrained batch norms let the signal grow or die on its way. Those alone are in train mode: stochastic
     # depth would leave out layers, and the statistics would be those of another network.
@@ -272,7 +264,6 @@ def make_tiny_models(
     folder,
     *,
     seed=0,
-    images=IMAGES,
     resolution=64,
     text_encoder=None,
     decoder_and_vqgan=None,
@@ -281,8 +272,8 @@ def make_tiny_models(
 ):
     """Writes `prior`, `decoder` and `encoder` into `folder` and returns their three paths.
 
-    The same `seed` makes the same files. The encoder is calibrated on `images` at `resolution`, `num_merges`
-    is of the tokenizers, and `prior_kwargs` are those of `make_prior`.
+    The same `seed` makes the same files. The encoder is calibrated at `resolution`, `num_merges` is of the
+    tokenizers, and `prior_kwargs` are those of `make_prior`.
     """
     prior_folder, decoder_folder, encoder_folder = (
         Path(folder) / name for name in ("prior", "decoder", "encoder")
@@ -310,7 +301,7 @@ def make_tiny_models(
     shutil.rmtree(decoder_folder / "tokenizer")
     copy_tokenizer(decoder_folder / "tokenizer", num_merges)
 
-    make_encoder(seed=seed + 4, images=images, resolution=resolution).save_pretrained(encoder_folder)
+    make_encoder(seed=seed + 4, resolution=resolution).save_pretrained(encoder_folder)
     return prior_folder, decoder_folder, encoder_folder
 
 
@@ -327,9 +318,5 @@ def make_demo_models(folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("folder", type=Path, help="where to write prior, decoder and encoder")
-    for path in make_demo_models(parser.parse_args().folder):
+    for path in make_demo_models(Path(sys.argv[1])):
         print(f"{path.name}: {path}")

@@ -139,13 +139,9 @@ def tiny_args(models, images, output_dir, **flags):
     settings |= {"max_train_steps": 3, "lr_scheduler": "constant", "seed": 0, "report_to": "none"}
     args = []
     for flag, value in (settings | flags).items():
-        if value is None or value is False:
-            continue
-        args.append(f"--{flag}")
-        if isinstance(value, (list, tuple)):
-            args += map(str, value)
-        elif value is not True:
-            args.append(str(value))
+        if value is not None and value is not False:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            args += [f"--{flag}", *(str(each) for each in values if each is not True)]
     return args
 
 
@@ -379,38 +375,31 @@ def record_models(file):
     record = {"steps": [], "rates": [], "clipped": [], "images": [], "texts": [], "frozen": {}}
     latest, frozen = {}, {}
 
-    def after(cls, name):  # calls the decorated function after each call of a method
-        def watch(note):
-            original = getattr(cls, name)
+    def note_after(cls, name, note):  # calls `note` after each call of a method
+        original = getattr(cls, name)
 
-            @functools.wraps(original)
-            def method(self, *args, **kwargs):
-                result = original(self, *args, **kwargs)
-                note(self, result, *args, **kwargs)
-                return result
+        @functools.wraps(original)
+        def method(self, *args, **kwargs):
+            result = original(self, *args, **kwargs)
+            note(self, result, *args, **kwargs)
+            return result
 
-            setattr(cls, name, method)
+        setattr(cls, name, method)
 
-        return watch
-
-    @after(EfficientNetEncoder, "forward")
     def note_encoder(encoder, latents, pixels):
         frozen.setdefault("image_encoder", encoder)
         record["images"].append([checksum(image) for image in pixels])
         latest.update(pixels=pixels, latents=latents, image_encoder_training=encoder.training)
 
-    @after(CLIPTextModel, "forward")
     def note_text(encoder, output, input_ids, attention_mask, **_):
         frozen.setdefault("text_encoder", encoder)
         record["texts"].append([checksum(ids) for ids in input_ids])
         latest.update(ids=input_ids, mask=attention_mask, text_encoder_training=encoder.training)
 
-    @after(DDPMWuerstchenScheduler, "add_noise")
     def note_noise(scheduler, noisy, samples, noise, timesteps):
         if samples.dim() == 4:
             latest.update(image_embeds=samples, noise=noise, timesteps=timesteps)
 
-    @after(script.wuerstchen.WuerstchenPrior, "forward")
     def note_prior(prior, pred_noise, x, r, c):  # the pipeline names its arguments
         if prior.training:
             step = {"noisy": x, "given": r, "prompt_embeds": c, "pred": pred_noise}
@@ -419,16 +408,20 @@ def record_models(file):
                 {k: v.detach().clone() if torch.is_tensor(v) else v for k, v in (latest | step).items()}
             )
 
-    @after(torch.optim.AdamW, "step")
     def note_rate(optimizer, _, *args):
         record["rates"].append(optimizer.param_groups[0]["lr"])
 
-    @after(AcceleratedOptimizer, "step")
     def note_gradients(optimizer, *_):
         if optimizer.gradient_state.sync_gradients:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
             record["clipped"].append(torch.stack([g.double().norm() for g in gradients]).norm().item())
 
+    note_after(EfficientNetEncoder, "forward", note_encoder)
+    note_after(CLIPTextModel, "forward", note_text)
+    note_after(DDPMWuerstchenScheduler, "add_noise", note_noise)
+    note_after(script.wuerstchen.WuerstchenPrior, "forward", note_prior)
+    note_after(torch.optim.AdamW, "step", note_rate)
+    note_after(AcceleratedOptimizer, "step", note_gradients)
     try:
         yield
     finally:

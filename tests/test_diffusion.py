@@ -100,19 +100,12 @@ def test_loss_gradient_and_step_are_those_of_the_formulas(train, models, steady_
 def test_p2_weights_each_sample_by_its_share_of_noise(train, steady_prior):
     t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     assert (1 - alpha_bar(t)).mean().item() == pytest.approx(0.54, abs=0.05)
-    noise = torch.zeros(len(t), 1, 1, 1)
+    noise, noise_scheduler = torch.zeros(len(t), 1, 1, 1), script.DDPMWuerstchenScheduler()
     inputs = {"latents": noise, "prompt_embeds": None, "noise": noise, "timesteps": t.float()}
-    weights, ones = (
-        script.diffusion_loss(
-            lambda noisy_latents, timesteps, prompt_embeds: noise + 1,  # the squared error is 1
-            script.DDPMWuerstchenScheduler(),
-            **inputs,
-            weighting=weighting,
-        )
-        for weighting in ("p2", "none")
-    )
-    assert weights.tolist() == pytest.approx((1 - alpha_bar(t.float())).tolist(), rel=1e-4, abs=2e-7)
-    assert torch.equal(ones, torch.ones(len(t)))
+    for weighting, expected in (("p2", 1 - alpha_bar(t.float())), ("none", torch.ones(len(t)))):
+        # The predicted noise is 1 and the noise 0, so that the loss is the weight.
+        weights = script.diffusion_loss(lambda *_: noise + 1, noise_scheduler, **inputs, weighting=weighting)
+        assert weights.tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=2e-7)
 
     flags = {"max_train_steps": 1, "train_batch_size": 8, "loss_weighting": "p2", "record": True}
     run = train(**flags, pretrained_prior_model_name_or_path=steady_prior)

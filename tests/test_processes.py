@@ -18,16 +18,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from conftest import (
-    Output,
-    assert_continues_as,
-    at_call,
-    resumed,
-    run_in_fork,
-    same_weights,
-    script,
-    tiny_args,
-)
+from conftest import Output, assert_continues_as, at_call, run_in_fork, same_weights, script, tiny_args
 
 RUN = {"train_batch_size": 2, "gradient_accumulation_steps": 3, "max_train_samples": 10, "max_train_steps": 7}
 RUN |= {"checkpointing_steps": 2, "learning_rate": 1e-3}
@@ -50,7 +41,7 @@ def test_ranks_stop_after_the_same_step_when_one_gets_a_signal_and_resume_exactl
 ):
     flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_samples": 10}
     flags |= {"max_train_steps": 5, "checkpointing_steps": 1, "use_ema": True, "learning_rate": 1e-3}
-    whole = [run.ok() for run in train_ranks(**flags, record=True)]
+    whole = train_ranks(**flags, record=True)
     assert whole[0].record["clipped"] == whole[1].record["clipped"]
 
     patch = functools.partial(at_call, script, "check_finite", 2, send(signal.SIGTERM), rank)
@@ -58,13 +49,10 @@ def test_ranks_stop_after_the_same_step_when_one_gets_a_signal_and_resume_exactl
     assert [run.returncode for run in stopped] == [128 + signal.SIGTERM] * 2, stopped
     assert stopped[0].checkpoints() == [1, 2, 3]
 
-    again = []
-
-    def train(**flags):
-        again.extend(train_ranks(**flags, record=True))
-        return again[0]
-
-    assert_continues_as(resumed(train, stopped[0], 3, tmp_path, **flags), whole[0], 3, 5)
+    folder = tmp_path / "again"
+    shutil.copytree(stopped[0].folder / "checkpoint-3", folder / "checkpoint-3")
+    again = train_ranks(**flags, record=True, output_dir=folder, resume_from_checkpoint="latest")
+    assert_continues_as(again[0].ok(), whole[0], 3, 5)
     for one, other in zip(again, whole, strict=True):
         for name in ("pixels", "noise", "pred"):
             assert torch.equal(one.ok().all(name), other.all(name)[3 * 2 * 2 :]), "on each rank"
@@ -92,28 +80,18 @@ def test_a_stop_whose_checkpoint_failed_has_a_status_of_its_own(train, older):
     ],
 )
 def test_only_a_second_ctrl_c_ends_the_process_at_once(signals, status):
+    """A hangup that nohup ignores stays ignored, and afterwards the handlers are what they were."""
+
     def work():
-        received = []
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        before, received = [signal.getsignal(number) for number in script.STOP_SIGNALS], []
         with script.deferred_signals(received):
-            for number in signals:
+            for number in (signal.SIGHUP, *signals):
                 signal.raise_signal(number)
         assert received == signals
+        assert [signal.getsignal(number) for number in script.STOP_SIGNALS] == before
 
     run_in_fork(work, [status])
-
-
-def test_handlers_are_restored_after_training_and_signals_that_nohup_ignores_stay_ignored():
-    stop_signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        before = [signal.getsignal(number) for number in stop_signals]
-        received = []
-        with script.deferred_signals(received):
-            assert [signal.getsignal(n) == b for n, b in zip(stop_signals, before, strict=True)] == [0, 0, 1]
-            signal.raise_signal(signal.SIGHUP)
-        assert [signal.getsignal(number) for number in stop_signals] == before and not received
-    finally:
-        signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.mark.slow
@@ -276,23 +254,17 @@ def test_errors_of_users_are_one_line_and_bugs_are_raised(error, caplog):
 
 
 def test_two_runs_in_one_folder_are_refused(train, tmp_path):
-    def wait():
-        (tmp_path / "started").touch()
-        while not (tmp_path / "refused").exists():
-            time.sleep(0.05)
+    flags, lock = SHORT | {"output_dir": tmp_path}, filelock.FileLock(tmp_path / ".lock", timeout=0)
 
-    first, flags = [], SHORT | {"output_dir": tmp_path / "run"}
-    patch = functools.partial(at_call, script, "load_prior", 1, wait)
-    thread = threading.Thread(target=lambda: first.append(train(patch, **flags)))
-    thread.start()
-    while not (tmp_path / "started").exists():
-        time.sleep(0.05)
-    second = train(**flags, overwrite_output_dir=True)
-    (tmp_path / "refused").touch()
-    thread.join()
-    assert "another run is writing" in second.error()
-    first[0].ok()
-    train(**flags, overwrite_output_dir=True).ok()  # the lock ends with its process
+    def check():
+        with pytest.raises(filelock.Timeout), lock:
+            pass
+
+    train(functools.partial(at_call, script, "load_prior", 1, check), **flags).ok()
+    flags["overwrite_output_dir"] = True
+    with lock:
+        assert "another run is writing" in train(**flags).error()
+    train(**flags).ok()
 
 
 # ------------------------------------------------------------------------------------------- odd environments

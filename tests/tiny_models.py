@@ -275,9 +275,8 @@ def make_tiny_models(
     The same `seed` makes the same files. The encoder is calibrated at `resolution`, `num_merges` is of the
     tokenizers, and `prior_kwargs` are those of `make_prior`.
     """
-    prior_folder, decoder_folder, encoder_folder = (
-        Path(folder) / name for name in ("prior", "decoder", "encoder")
-    )
+    paths = [Path(folder) / name for name in ("prior", "decoder", "encoder")]
+    prior_folder, decoder_folder, encoder_folder = paths
     tokenizer = make_tokenizer(num_merges)
 
     wuerstchen.WuerstchenPriorPipeline(
@@ -302,7 +301,7 @@ def make_tiny_models(
     copy_tokenizer(decoder_folder / "tokenizer", num_merges)
 
     make_encoder(seed=seed + 4, resolution=resolution).save_pretrained(encoder_folder)
-    return prior_folder, decoder_folder, encoder_folder
+    return paths
 
 
 def make_demo_models(folder):

@@ -254,15 +254,15 @@ def test_errors_of_users_are_one_line_and_bugs_are_raised(error, caplog):
 
 
 def test_two_runs_in_one_folder_are_refused(train, tmp_path):
-    flags, lock = SHORT | {"output_dir": tmp_path}, filelock.FileLock(tmp_path / ".lock", timeout=0)
+    flags, lock = SHORT | {"output_dir": tmp_path}, functools.partial(filelock.FileLock, tmp_path / ".lock")
 
     def check():
-        with pytest.raises(filelock.Timeout), lock:
+        with pytest.raises(filelock.Timeout), lock(timeout=0):
             pass
 
     train(functools.partial(at_call, script, "load_prior", 1, check), **flags).ok()
     flags["overwrite_output_dir"] = True
-    with lock:
+    with lock():
         assert "another run is writing" in train(**flags).error()
     train(**flags).ok()
 

@@ -14,6 +14,7 @@ what libraries read when they are imported (HF_ENDPOINT, OMP_NUM_THREADS): that 
 
 import functools
 import gc
+import itertools
 import json
 import logging
 import multiprocessing
@@ -66,6 +67,7 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # noqa: E402
 from tensorboard.util.tensor_util import make_ndarray  # noqa: E402
+from torch.utils._pytree import tree_flatten_with_path  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
 import train_text_to_image_prior as script  # noqa: E402
@@ -88,12 +90,16 @@ def pytest_unconfigure():
 # --------------------------------------------------------------------------------- models, images and flags
 
 
-def run_in_fork(check):
-    """Calls a test's function that uses autograd in a fork: later forks of this process could not use it."""
-    process = multiprocessing.get_context("fork").Process(target=check)
+def run_in_fork(function, statuses=(0,)):
+    """Calls a function in a fork and returns its exit status, one of these (-N: killed by signal N).
+
+    Tests use autograd in a fork only: later forks of this process could not use it.
+    """
+    process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
     process.join(300)
-    assert process.exitcode == 0, "the assertion is in the captured output"
+    assert process.exitcode in statuses, "what it wrote is in the captured output"
+    return process.exitcode
 
 
 @pytest.fixture(scope="session")
@@ -133,13 +139,9 @@ def tiny_args(models, images, output_dir, **flags):
     settings |= {"max_train_steps": 3, "lr_scheduler": "constant", "seed": 0, "report_to": "none"}
     args = []
     for flag, value in (settings | flags).items():
-        if value is None or value is False:
-            continue
-        args.append(f"--{flag}")
-        if isinstance(value, (list, tuple)):
-            args += map(str, value)
-        elif value is not True:
-            args.append(str(value))
+        if value is not None and value is not False:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            args += [f"--{flag}", *(str(each) for each in values if each is not True)]
     return args
 
 
@@ -153,17 +155,9 @@ def load_weights(folder):
 
 def load_optimizer_state(checkpoint):
     """The optimizer's moments and counts in a checkpoint, by name."""
-    saved, tensors = torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True), {}
-
-    def collect(state, prefix):
-        for name, value in state.items():
-            if isinstance(value, dict):  # of a parameter, and in it of the 8-bit optimizer
-                collect(value, f"{prefix}{name}.")
-            else:
-                tensors[f"{prefix}{name}"] = torch.as_tensor(value)
-
-    collect(saved.get("optimizer", saved)["state"], "")
-    return tensors
+    saved = torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True)
+    leaves, _ = tree_flatten_with_path(saved["optimizer"]["state"])  # the 8-bit optimizer nests more dicts
+    return {".".join(str(key.key) for key in path): torch.as_tensor(value) for path, value in leaves}
 
 
 def read_wandb(folder):
@@ -198,6 +192,10 @@ class Output:
     def prior(self, step=None, name="prior"):
         """The weights of the prior, in the checkpoint of a step or in the result."""
         return load_weights(self.folder / ("prior_pipeline" if step is None else f"checkpoint-{step}") / name)
+
+    def checkpoints(self):
+        """The steps of the complete checkpoints, oldest first."""
+        return [script.read_state(folder)["global_step"] for folder in script.list_checkpoints(self.folder)]
 
     def losses(self, column="train_loss"):
         """A column of loss.jsonl, {step: number}."""
@@ -259,6 +257,16 @@ class Run(Output):
             pytest.fail(f"the run did not end in {timeout} seconds; it wrote:\n{self.output}")
         return self
 
+    def ok(self):
+        """This run, after a check that it has succeeded."""
+        assert self.returncode == 0, self
+        return self
+
+    def error(self):
+        """The last line of a run that has ended with exit status 1 and without a traceback."""
+        assert self.returncode == 1 and "Traceback" not in self.output, self
+        return self.output.strip().splitlines()[-1]
+
     def kill(self):
         """Kills the run and its processes, if it has not finished."""
         if self.returncode is None:
@@ -282,6 +290,19 @@ class Run(Output):
 
 
 # ---------------------------------------------------------------------------------------------- runs in forks
+
+
+def at_call(owner, name, call, action, rank=None):
+    """Calls `action` at the start of a function's `call`-th call, in each process or in that of a rank."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(function)
+    def counted(*args, **kwargs):
+        if next(calls) == call and rank in (None, os.environ.get("RANK")):
+            action()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, counted)
 
 
 def new_environment(env):
@@ -332,16 +353,15 @@ def main_in_child(run, argv, env, patch, record):
                 patch()
             sys.modules[script.__name__].main(argv)  # a patch may have put an edited script there
     except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        status = 1 if isinstance(end.code, str) else end.code or 0
+        status = end.code or 0
     except BaseException:
-        traceback.print_exc()
-        status = 1
+        status = traceback.format_exc().strip()
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
     # A forked child would wait for the loader's workers, whereas they end when their parent does.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(1 if isinstance(status, str) else status)
 
 
 @contextmanager
@@ -349,41 +369,37 @@ def record_models(file):
     """In the child, around `main`: records what goes in and out of the models, and saves that.
 
     `steps` has a dict for each micro-step, `rates` and `clipped` the rate and the gradient's norm of each
-    step, `frozen` the `checksums` of the encoders at the end.
+    step, `images` and `texts` the checksums of each batch that an encoder received, `frozen` the `checksums`
+    of the encoders at the end.
     """
-    record = {"steps": [], "rates": [], "clipped": [], "frozen": {}}
+    record = {"steps": [], "rates": [], "clipped": [], "images": [], "texts": [], "frozen": {}}
     latest, frozen = {}, {}
 
-    def after(cls, name):  # calls the decorated function after each call of a method
-        def watch(note):
-            original = getattr(cls, name)
+    def note_after(cls, name, note):  # calls `note` after each call of a method
+        original = getattr(cls, name)
 
-            @functools.wraps(original)
-            def method(self, *args, **kwargs):
-                result = original(self, *args, **kwargs)
-                note(self, result, *args, **kwargs)
-                return result
+        @functools.wraps(original)
+        def method(self, *args, **kwargs):
+            result = original(self, *args, **kwargs)
+            note(self, result, *args, **kwargs)
+            return result
 
-            setattr(cls, name, method)
+        setattr(cls, name, method)
 
-        return watch
-
-    @after(EfficientNetEncoder, "forward")
     def note_encoder(encoder, latents, pixels):
         frozen.setdefault("image_encoder", encoder)
+        record["images"].append([checksum(image) for image in pixels])
         latest.update(pixels=pixels, latents=latents, image_encoder_training=encoder.training)
 
-    @after(CLIPTextModel, "forward")
     def note_text(encoder, output, input_ids, attention_mask, **_):
         frozen.setdefault("text_encoder", encoder)
+        record["texts"].append([checksum(ids) for ids in input_ids])
         latest.update(ids=input_ids, mask=attention_mask, text_encoder_training=encoder.training)
 
-    @after(DDPMWuerstchenScheduler, "add_noise")
     def note_noise(scheduler, noisy, samples, noise, timesteps):
         if samples.dim() == 4:
             latest.update(image_embeds=samples, noise=noise, timesteps=timesteps)
 
-    @after(script.wuerstchen.WuerstchenPrior, "forward")
     def note_prior(prior, pred_noise, x, r, c):  # the pipeline names its arguments
         if prior.training:
             step = {"noisy": x, "given": r, "prompt_embeds": c, "pred": pred_noise}
@@ -392,16 +408,20 @@ def record_models(file):
                 {k: v.detach().clone() if torch.is_tensor(v) else v for k, v in (latest | step).items()}
             )
 
-    @after(torch.optim.AdamW, "step")
     def note_rate(optimizer, _, *args):
         record["rates"].append(optimizer.param_groups[0]["lr"])
 
-    @after(AcceleratedOptimizer, "step")
     def note_gradients(optimizer, *_):
         if optimizer.gradient_state.sync_gradients:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
             record["clipped"].append(torch.stack([g.double().norm() for g in gradients]).norm().item())
 
+    note_after(EfficientNetEncoder, "forward", note_encoder)
+    note_after(CLIPTextModel, "forward", note_text)
+    note_after(DDPMWuerstchenScheduler, "add_noise", note_noise)
+    note_after(script.wuerstchen.WuerstchenPrior, "forward", note_prior)
+    note_after(torch.optim.AdamW, "step", note_rate)
+    note_after(AcceleratedOptimizer, "step", note_gradients)
     try:
         yield
     finally:
@@ -459,20 +479,31 @@ def monkeypatch(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def run_forks(start_run, tmp_path_factory):
-    """run_forks(envs, patch, timeout, record, argv, **flags): the Runs of forks with these environments."""
+def train_ranks(start_run, tmp_path_factory):
+    """train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags): the finished
+    Run of each rank.
+
+    patch: called in the child before `main`.
+    env(rank): environment variables of a rank; None removes one.
+    record: whether to record what goes in and out of the models (`Run.record`, `Run.all`).
+    argv: the whole command line, in place of that which is made from `flags`; then give `output_dir`, too.
+
+    A run with the same arguments is not run again, unless the test has `monkeypatch`, or gives output_dir or
+    resume_from_checkpoint.
+    """
 
     def fork(*args, **options):
         process = multiprocessing.get_context("fork").Process(target=main_in_child, args=args, kwargs=options)
         process.start()
         return process
 
-    def run_forks(envs, patch, timeout, record, argv, **flags):
+    def train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags):
+        envs = [(env and env(rank)) or {} for rank in range(ranks)]
         key = repr((envs, patch, argv, sorted(flags.items())))
         reusable = not PATCHED and not {"output_dir", "resume_from_checkpoint"} & flags.keys()
         if reusable and key in FINISHED and record <= FINISHED[key][1]:
             return FINISHED[key][0]
-        runs, ranks, place = [], len(envs), {}
+        runs, place = [], {}
         with store_of_ranks() if ranks > 1 else nullcontext() as port:
             if ranks > 1:
                 flags = {"output_dir": tmp_path_factory.mktemp("ranks") / "out"} | flags
@@ -493,38 +524,18 @@ def run_forks(start_run, tmp_path_factory):
             FINISHED[key] = runs, record, patch  # with `patch`, whose address is in the key
         return runs
 
-    return run_forks
+    return train_ranks
 
 
 @pytest.fixture(scope="session")
-def train(run_forks):
-    """train(patch=None, env=None, timeout=300, record=False, argv=None, **flags): a finished Run.
+def train(train_ranks):
+    """train(patch=None, env=None, timeout=300, ...): a finished Run of one process. As `train_ranks`, except
+    that `env` is a dict."""
 
-    patch: called in the child before `main`.
-    env: environment variables; None removes one.
-    record: whether to record what goes in and out of the models (`Run.record`, `Run.all`).
-    argv: the whole command line, in place of that which is made from `flags`; then give `output_dir`, too.
-
-    A run with the same arguments is not run again, unless the test has `monkeypatch`, or gives output_dir or
-    resume_from_checkpoint.
-    """
-
-    def train(patch=None, env=None, timeout=300, record=False, argv=None, **flags):
-        return run_forks([env or {}], patch, timeout, record, argv, **flags)[0]
+    def train(patch=None, env=None, timeout=300, **options):
+        return train_ranks(patch, 1, lambda rank: env, timeout, **options)[0]
 
     return train
-
-
-@pytest.fixture(scope="session")
-def train_ranks(run_forks):
-    """train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags): the Run of
-    each rank. As `train`, except that env(rank) gives a rank's environment."""
-
-    def train_ranks(patch=None, ranks=2, env=None, timeout=120, record=False, argv=None, **flags):
-        envs = [env(rank) if env else {} for rank in range(ranks)]
-        return run_forks(envs, patch, timeout, record, argv, **flags)
-
-    return train_ranks
 
 
 # ------------------------------------------------------------------------------------ runs in new processes
@@ -554,22 +565,19 @@ def run_command(command, env=None, cwd=None, timeout=300):
 
 @pytest.fixture(scope="session")
 def train_fresh(start_run):
-    """train_fresh(launcher=(), env=None, timeout=600, patch="", wrapper=(), wait=True, stdout=None,
-    argv=None, **flags): a Run.
+    """train_fresh(launcher=(), env=None, timeout=600, patch="", wrapper=(), wait=True, argv=None, **flags):
+    a Run.
 
     launcher: words between python and the script: ("-m", "torch.distributed.run", "--nproc_per_node", "2").
     patch: lines of Python that run before `main`, in which `script` is the script.
     wrapper: words before python: ("nice", "-n", "19").
     wait: whether to wait for the end; otherwise call `finish()`. Meanwhile `run.output` can be read, and
         signals be sent to `run.process`.
-    stdout: a file or subprocess.PIPE in place of the log, for both streams; `run.output` is empty then.
     env, argv: as for `train`. Nothing is reused.
     """
     runs = []
 
-    def train_fresh(
-        launcher=(), env=None, timeout=600, patch="", wrapper=(), wait=True, stdout=None, argv=None, **flags
-    ):
+    def train_fresh(launcher=(), env=None, timeout=600, patch="", wrapper=(), wait=True, argv=None, **flags):
         def launch(run, argv):
             program = run.place / "patched.py" if patch else SCRIPT
             if patch:
@@ -580,9 +588,8 @@ def train_fresh(start_run):
                     cwd=run.cwd,
                     env=new_environment(env),
                     stdin=subprocess.DEVNULL,
-                    stdout=stdout or log,
+                    stdout=log,
                     stderr=subprocess.STDOUT,
-                    text=True,
                     start_new_session=True,
                 )
 
@@ -602,10 +609,13 @@ def same_weights(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def checksum(tensor):
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 def checksums(model):
     """The dtype and the checksum of each tensor, {name: (dtype, number)}: an encoder has 80 MB."""
-    tensors = {name: tensor.contiguous().reshape(-1) for name, tensor in model.state_dict().items()}
-    return {name: (t.dtype, zlib.crc32(t.view(torch.uint8).numpy())) for name, t in tensors.items()}
+    return {name: (tensor.dtype, checksum(tensor)) for name, tensor in model.state_dict().items()}
 
 
 def distance(left, right):
@@ -624,9 +634,7 @@ def resumed(train, run, step, tmp_path, by="latest", **flags):
     folder = tmp_path / f"from-{step}"
     shutil.copytree(run.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
     by = folder / f"checkpoint-{step}" if by == "path" else by
-    again = train(**flags, output_dir=folder, resume_from_checkpoint=by)
-    assert again.returncode == 0, again
-    return again
+    return train(**flags, output_dir=folder, resume_from_checkpoint=by).ok()
 
 
 def assert_continues_as(again, run, step, last):

@@ -6,7 +6,6 @@ nothing is replaced unasked."""
 import errno
 import functools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -16,19 +15,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import (
     IMAGES,
     Output,
     assert_continues_as,
+    at_call,
     distance,
+    equal_images,
     load_optimizer_state,
     load_weights,
     resumed,
+    run_in_fork,
     same_weights,
     script,
 )
@@ -48,45 +48,19 @@ LONGER = SHORT | {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
 
 
 def cases(table, *quick):
-    """The names in a table, the slow ones marked."""
-    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in table]
-
-
-def send(number):
-    os.kill(os.getpid(), number)
+    """The names or rows of a table, the slow ones marked."""
+    rows = [(row, row if isinstance(row, tuple) else (row,)) for row in table]
+    return [pytest.param(*values, marks=[] if row in quick else [pytest.mark.slow]) for row, values in rows]
 
 
 def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def at_call(owner, name, call, action):
-    """Replaces a function by itself, but at its `call`-th call `action` is called first."""
-    function, calls = getattr(owner, name), []
-
-    @functools.wraps(function)
-    def counted(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == call:
-            action()
-        return function(*args, **kwargs)
-
-    setattr(owner, name, counted)
-
-
 def snapshot(folder):
     """Every file in a folder with its content, except for the lock."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def last_line(run):
-    assert "Traceback" not in run.output, run
-    return run.output.strip().splitlines()[-1]
-
-
-def step_of(checkpoint):
-    return json.loads((checkpoint / script.STATE_FILE).read_text())["global_step"]
 
 
 @pytest.fixture(scope="module")
@@ -102,25 +76,11 @@ def shapes(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def unbroken(train):
-    """A run that nothing interrupts."""
-    run = train(**UNEVEN)
-    assert run.returncode == 0, run
-    return run
-
-
-@pytest.fixture(scope="module")
-def finished(train):
-    """The folder of a finished run of two steps. Copy it before changing it."""
-    run = train(**SHORT, validation_prompts=["a red apple"], report_to="none")
-    assert run.returncode == 0, run
-    return run.folder
-
-
 @pytest.fixture
-def run_copy(finished, tmp_path):
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+def run_copy(train, tmp_path):
+    """A copy of the folder of a finished run of two steps."""
+    run = train(**SHORT, validation_prompts=["a red apple"], report_to="none").ok()
+    return Path(shutil.copytree(run.folder, tmp_path / "run"))
 
 
 # -------------------------------------------------------------------------- resuming ends with the same bits
@@ -130,6 +90,9 @@ AUGMENTED |= {"loss_weighting": "p2", "timestep_sampling": "stretched", "skip_ba
 BUCKETS = {"aspect_ratio_buckets": True, "skip_bad_rows": True, "max_train_samples": None}
 HELD_OUT = {"validation_split": 5, "validation_steps": 2, "gradient_accumulation_steps": 2}
 OFFLOADED = {"optimizer": "adafactor", "use_ema": True, "offload_ema": True}
+# Five rows, four samples a step: an epoch ends inside step 2, and with step 5.
+CACHED = SMALL | HELD_OUT | {"cache_latents": True, "use_ema": True, "max_train_steps": 6}
+CACHED |= {"caption_column": "captions", "caption_dropout": 0.25}
 RESUMED = {  # what is on, where the run stops, how the checkpoint is named, and the workers afterwards
     "within an epoch": (UNEVEN, 1, "latest", 0),
     "after a validation": (UNEVEN, 2, "latest", 2),
@@ -140,19 +103,18 @@ RESUMED = {  # what is on, where the run stops, how the checkpoint is named, and
     "8-bit Adam": (SMALL | {"use_8bit_adam": True}, 2, "latest", 0),
     "Adafactor": (SMALL | OFFLOADED, 2, "latest", 0),
     "buckets": (SMALL | BUCKETS | HELD_OUT, 2, "latest", 1),
-    "cache": (SMALL | {"cache_latents": True, "caption_column": "captions"} | HELD_OUT, 3, "latest", 0),
+    "cache, within an epoch": (CACHED, 2, "latest", 0),
+    "cache, at an epoch's end": (CACHED, 5, "path", 2),
     "a seed that was chosen": (SMALL | {"seed": None}, 2, "latest", 0),
 }
+QUICK = ["within an epoch", "before the last step", "augmented", "buckets", "cache, within an epoch"]
 
 
-@pytest.mark.parametrize(
-    "case", cases(RESUMED, "within an epoch", "before the last step", "augmented", "buckets", "cache")
-)
+@pytest.mark.parametrize("case", cases(RESUMED, *QUICK))
 def test_a_resumed_run_equals_the_unbroken_one(train, shapes, tmp_path, case):
     flags, step, by, workers = RESUMED[case]
-    flags = flags | {"record": True, "train_data_dir": shapes if case in ("buckets", "augmented") else IMAGES}
-    run = train(**flags)
-    assert run.returncode == 0, run
+    flags = flags | {"record": True} | ({"train_data_dir": shapes} if "skip_bad_rows" in flags else {})
+    run = train(**flags).ok()
     again = resumed(train, run, step, tmp_path, by, **flags, dataloader_num_workers=workers)
     last, micro_steps = flags["max_train_steps"], flags.get("gradient_accumulation_steps", 1)
     assert len(again.record["steps"]) == micro_steps * (last - step), "no sample is read without being used"
@@ -166,7 +128,9 @@ def test_a_resumed_run_equals_the_unbroken_one(train, shapes, tmp_path, case):
         assert [at for at, _ in again.samples()] == [at for at, _ in run.samples() if at > step]
     if "validation_split" in flags:
         assert again.losses("val_loss") == {at: x for at, x in run.losses("val_loss").items() if at > step}
-    if case == "8-bit Adam":
+    if "cache_latents" in flags:
+        assert again.record["images"] == [], "no image is encoded again"
+    if "use_8bit_adam" in flags:
         moments = load_optimizer_state(run.folder / "checkpoint-4")
         assert torch.uint8 in {moment.dtype for moment in moments.values()}
 
@@ -182,33 +146,20 @@ def test_a_finished_run_is_resumed_with_more_steps_or_only_writes_its_result(tra
     assert not same_weights(again.prior(), half.prior(2)), "the average"
 
 
-def test_two_ranks_end_with_the_same_weights_and_resume_exactly(train_ranks, tmp_path):
-    flags = SMALL | {"gradient_accumulation_steps": 2, "use_ema": True, "record": True}
-    runs = train_ranks(**flags)
-    assert runs[0].record["clipped"] == runs[1].record["clipped"]
-    folder = tmp_path / "again"
-    shutil.copytree(runs[0].folder / "checkpoint-1", folder / "checkpoint-1")
-    again = train_ranks(**flags, output_dir=folder, resume_from_checkpoint="latest")
-    assert all(run.returncode == 0 for run in again), again
-    assert_continues_as(again[0], runs[0], 1, 4)
-    for one, other in zip(again, runs, strict=True):
-        for name in ("pixels", "noise", "pred"):
-            assert torch.equal(one.all(name), other.all(name)[4:]), "on each rank"
-
-
 ELASTIC = SMALL | HELD_OUT | AUGMENTED | {"max_train_samples": 20, "validation_split": 6, "use_ema": True}
-ELASTIC |= {"adam_epsilon": 1e-3, "record": True}
-# Processes, micro-batch and micro-steps of the unbroken run, and of two steps each that follow its second.
+ELASTIC |= {"adam_epsilon": 1e-3, "max_grad_norm": 0.1, "record": True}
+ELASTIC |= {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10}
+# Processes, micro-batch and micro-steps of the unbroken run, and of runs that take two steps each.
 SPLITS = {
-    "more ranks": [(1, 2, 4), (2, 2, 2)],
-    "and fewer": [(1, 2, 4), (2, 2, 2), (1, 2, 4)],
+    "two ranks, then one": [(1, 2, 4), (2, 2, 2), (1, 2, 4)],
+    "one rank, then two": [(2, 2, 2), (1, 2, 4), (2, 2, 2)],
     "other micro-batches": [(2, 4, 1), (1, 2, 4), (4, 1, 2), (2, 2, 2), (1, 8, 1)],
 }
 
 
-@pytest.mark.parametrize("case", cases(SPLITS, "more ranks"))
-def test_a_run_continues_with_other_ranks(train, train_ranks, shapes, steady_prior, models, tmp_path, case):
-    """And follows the unbroken one to rounding: samples, crops, captions, noise and timesteps are the same
+@pytest.mark.parametrize("case", cases(SPLITS, "two ranks, then one"))
+def test_any_ranks_train_alike_from_any_step(train_ranks, shapes, steady_prior, models, tmp_path, case):
+    """It follows the unbroken one to rounding: samples, crops, captions, noise and timesteps are the same
     and, as long as the micro-batches are, dropout's masks."""
     prior = steady_prior if case == "other micro-batches" else models / "prior"
     flags = ELASTIC | {"pretrained_prior_model_name_or_path": prior, "train_data_dir": shapes}
@@ -216,25 +167,24 @@ def test_a_run_continues_with_other_ranks(train, train_ranks, shapes, steady_pri
 
     def start_or_resume(split, source, last_step):
         ranks, batch_size, accumulation = split
-        plan = {"gradient_accumulation_steps": accumulation, "max_train_steps": last_step}
-        plan |= {"train_batch_size": batch_size}
+        plan = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        plan |= {"max_train_steps": last_step}
         if source is not None:
             folder = tmp_path / f"to-{last_step}"
             shutil.copytree(source, folder / source.name)
             plan |= {"output_dir": folder, "resume_from_checkpoint": "latest"}
-        runs = train_ranks(**flags | plan, ranks=ranks) if ranks > 1 else [train(**flags | plan)]
-        assert all(run.returncode == 0 for run in runs), runs
-        return runs
+        return [run.ok() for run in train_ranks(**flags | plan, ranks=ranks)]
 
     def samples(runs, name, first_micro_step, last_micro_step):
         steps = [step for run in runs for step in run.record["steps"][first_micro_step:last_micro_step]]
         return sorted(sample.double().numpy().tobytes() for step in steps for sample in step[name])
 
     unbroken_split, *splits = SPLITS[case]
-    unbroken = start_or_resume(unbroken_split, None, 2 + 2 * len(splits))
-    runs, per_step = unbroken, unbroken_split[2]
-    for step, split in zip(range(2, 2 + 2 * len(splits), 2), splits, strict=True):
-        runs = start_or_resume(split, runs[0].folder / f"checkpoint-{step}", step + 2)
+    unbroken = start_or_resume(unbroken_split, None, 2 * len(splits))
+    per_step, checkpoint = unbroken_split[2], None
+    for step, split in zip(range(0, 2 * len(splits), 2), splits, strict=True):
+        runs = start_or_resume(split, checkpoint, step + 2)
+        checkpoint = runs[0].folder / f"checkpoint-{step + 2}"
         for name in ("pixels", "ids", "noise", "timesteps"):
             expected = samples(unbroken, name, step * per_step, (step + 2) * per_step)
             assert len(expected) == 16 and samples(runs, name, 0, None) == expected, name
@@ -243,9 +193,11 @@ def test_a_run_continues_with_other_ranks(train, train_ranks, shapes, steady_pri
             for folder in ("prior", "prior_ema"):
                 apart = distance(runs[0].prior(done, folder), unbroken[0].prior(done, folder))
                 assert apart < 1e-4 * moved, (split, done, folder)
-        for name in ("train_loss", "val_loss"):
-            losses = [run.losses(name)[step + 2] for run in (runs[0], unbroken[0])]
-            assert losses[0] == pytest.approx(losses[1], rel=1e-4), name
+            for name in ("train_loss", "grad_norm", "lr"):
+                numbers = [run.losses(name)[done] for run in (runs[0], unbroken[0])]
+                assert numbers[0] == pytest.approx(numbers[1], rel=1e-4), name
+        losses = [run.losses("val_loss")[step + 2] for run in (runs[0], unbroken[0])]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # ----------------------------------------------------------------------------- saving: killed, and full disks
@@ -254,9 +206,11 @@ WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "shutil.r
 
 
 def kill_at(operation):
-    """Kills this process when it is about to change the file system for the `operation`-th time from now
-    on."""
+    """Kills this process when it is about to change the file system for the `operation`-th time from now on,
+    or at once."""
     seen = 0
+    if operation == 0:
+        signal.raise_signal(signal.SIGKILL)
 
     def count(event, args):
         nonlocal seen
@@ -265,45 +219,35 @@ def kill_at(operation):
         if writes or flushes or event in WRITES:
             seen += 1
             if seen == operation:
-                send(signal.SIGKILL)
+                signal.raise_signal(signal.SIGKILL)
 
     sys.addaudithook(count)
 
 
-class Saver:
-    """All that `save_checkpoint` needs, without the rest of a run."""
+@pytest.fixture(scope="module")
+def save():
+    """save(output_dir, step, limit=None): saves a checkpoint in which every weight is the step's number, and
+    returns whether that succeeded. It has all that `save_checkpoint` needs, without the rest of a run."""
+    accelerator, prior = Accelerator(cpu=True), make_prior(depth=1)
+    ema = EMAModel(prior.parameters(), model_cls=type(prior), model_config=prior.config)
+    prior, optimizer = accelerator.prepare(prior, torch.optim.AdamW(prior.parameters(), lr=1e-3))
 
-    def __init__(self):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        self.accelerator = Accelerator(cpu=True)
-        prior = make_prior(depth=1)
-        self.ema = EMAModel(prior.parameters(), model_cls=type(prior), model_config=prior.config)
-        optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-3)
-        self.prior, self.optimizer = self.accelerator.prepare(prior, optimizer)
-
-    def save(self, output_dir, step, limit=None):
-        """Saves a checkpoint in which every weight is the step's number. Returns whether that succeeded."""
+    def save(output_dir, step, limit=None):
         with torch.no_grad():
-            for parameter in self.prior.parameters():
+            for parameter in prior.parameters():
                 parameter.fill_(step)
         args = SimpleNamespace(output_dir=output_dir, checkpoints_total_limit=limit)
         state = {"global_step": step, "validated_step": -1, "plan": {}, "settings": {}, "wandb_run_id": ""}
-        return script.save_checkpoint(self.accelerator, args, state, self.prior, self.ema, self.optimizer)
+        return script.save_checkpoint(accelerator, args, state, prior, ema, optimizer)
 
-
-@pytest.fixture
-def saver():
-    yield Saver()
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
+    return save
 
 
 def steps_in(output_dir):
     """The steps of all complete checkpoints, oldest first. All tensors are read, and must be of that step."""
     steps = []
     for checkpoint in script.list_checkpoints(output_dir):
-        steps.append(step_of(checkpoint))
+        steps.append(script.read_state(checkpoint)["global_step"])
         tensors, average = (load_weights(checkpoint / name) for name in ("prior", "prior_ema"))
         assert {value for tensor in tensors.values() for value in tensor.unique().tolist()} == {steps[-1]}
         assert average.keys() == tensors.keys()
@@ -312,43 +256,34 @@ def steps_in(output_dir):
     return steps
 
 
-def run_in_child(function):
-    """The exit status of a forked process that calls `function` (-9: killed)."""
-    child = multiprocessing.get_context("fork").Process(target=function)
-    child.start()
-    child.join(120)
-    assert child.exitcode is not None
-    return child.exitcode
-
-
-def test_a_kill_at_any_file_operation_of_saving_leaves_complete_checkpoints(saver, tmp_path):
+def test_a_kill_at_any_file_operation_of_saving_leaves_complete_checkpoints(save, tmp_path):
     """Two checkpoints are kept, a third is written and the oldest deleted. The process is killed once at each
     operation."""
     start = tmp_path / "start"
     for step in (1, 2):
-        saver.save(start, step, limit=2)
-    operation, status, newest = 0, -9, set()
-    while status == -9:
+        save(start, step, limit=2)
+    operation, status, newest = 0, None, set()
+    while status != 0:
         operation += 1
         output_dir = tmp_path / "run"
         shutil.copytree(start, output_dir)
 
-        def save(output_dir=output_dir, operation=operation):
+        def save_until_killed(output_dir=output_dir, operation=operation):
             kill_at(operation)
-            saver.save(output_dir, 3, limit=2)
+            save(output_dir, 3, limit=2)
 
-        status = run_in_child(save)
+        status = run_in_fork(save_until_killed, (0, -signal.SIGKILL))
         steps = steps_in(output_dir)
         assert steps in ([1, 2], [1, 2, 3], [2, 3]), f"killed at operation {operation}: {steps}"
         newest.add(steps[-1])
-        assert saver.save(output_dir, 4, limit=2)  # as the resumed run does
+        assert save(output_dir, 4, limit=2)  # as the resumed run does
         assert steps_in(output_dir) == [steps[-1], 4]
         assert not [path for path in output_dir.iterdir() if path.name.startswith(".")]
         shutil.rmtree(output_dir)
-    assert status == 0 and operation > 15 and newest == {2, 3}
+    assert operation > 15 and newest == {2, 3}
 
 
-def test_every_file_and_folder_is_flushed_before_the_checkpoint_has_its_name(saver, tmp_path, monkeypatch):
+def test_every_file_and_folder_is_flushed_before_the_checkpoint_has_its_name(save, tmp_path, monkeypatch):
     rename, flushed, renamed = Path.rename, set(), []
 
     def note_fsync(descriptor):
@@ -363,16 +298,16 @@ def test_every_file_and_folder_is_flushed_before_the_checkpoint_has_its_name(sav
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
-    assert saver.save(tmp_path, 1)
+    assert save(tmp_path, 1)
     assert renamed == [9], "two models of two files and their folders, the optimizer, the state, and all"
     assert str(tmp_path) in flushed, "and then its name"
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "prior/diffusion_pytorch_model.safetensors", "state"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
-def test_a_damaged_checkpoint_is_passed_over(saver, tmp_path, name, damage):
+def test_a_damaged_checkpoint_is_passed_over(save, tmp_path, name, damage):
     for step in (1, 2):
-        saver.save(tmp_path, step)
+        save(tmp_path, step)
     file = tmp_path / "checkpoint-2" / name.replace("state", script.STATE_FILE)
     if damage == "missing":
         file.unlink()
@@ -385,9 +320,9 @@ def test_a_damaged_checkpoint_is_passed_over(saver, tmp_path, name, damage):
         script.find_checkpoint(args)
 
 
-def test_other_folders_are_not_taken_for_checkpoints(saver, tmp_path):
+def test_other_folders_are_not_taken_for_checkpoints(save, tmp_path):
     for step in (9, 10):
-        saver.save(tmp_path, step)
+        save(tmp_path, step)
     others = ["checkpoint", "checkpoint-", "checkpoint-best", "checkpoint-12.tmp", ".checkpoint-13"]
     for name in (*others, "checkpoint-15", "checkpoint-16"):
         (tmp_path / name).mkdir()
@@ -398,54 +333,39 @@ def test_other_folders_are_not_taken_for_checkpoints(saver, tmp_path):
     for content in ("[]", "1", "null", "{", '{"files": []}', '{"files": null}', '{"files": {"gone": 1}}'):
         (tmp_path / "checkpoint-15" / script.STATE_FILE).write_text(content)
         assert steps_in(tmp_path) == [9, 10], content
-    saver.save(tmp_path, 11, limit=1)
+    save(tmp_path, 11, limit=1)
     assert steps_in(tmp_path) == [11]
     assert sum(path.name == "mine.txt" for path in tmp_path.rglob("*")) == 7, "only checkpoints are deleted"
     assert script.read_state(tmp_path / "elsewhere"), "of a link only the link"
 
 
-def test_a_full_disk_costs_only_the_checkpoint(saver, tmp_path):
-    saver.save(tmp_path, 1, limit=1)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+def test_a_full_disk_costs_only_the_checkpoint(save, tmp_path, call):
+    save(tmp_path, 1, limit=1)
     largest = max(path.stat().st_size for path in (tmp_path / "checkpoint-1").rglob("*"))
 
-    def save():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, before[1]))
-        sys.exit(5 if saver.save(tmp_path, 2, limit=1) else 0)
+    def fail_to_save():
+        if call == "write":
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard_limit))
+        else:
+            setattr(os if call == "fsync" else Path, call, no_space)
+        assert not save(tmp_path, 2, limit=1)
 
-    assert run_in_child(save) == 0
+    run_in_fork(fail_to_save)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert steps_in(tmp_path) == [1]
-    assert saver.save(tmp_path, 3, limit=1), "there is space again"
+    assert save(tmp_path, 3, limit=1), "there is space again"
     assert steps_in(tmp_path) == [3]
 
 
-@pytest.mark.parametrize("owner", [os, Path], ids=["fsync", "rename"])
-def test_a_failed_flush_or_rename_costs_only_the_checkpoint(saver, tmp_path, monkeypatch, owner):
-    saver.save(tmp_path, 1, limit=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, "fsync" if owner is os else "rename", no_space)
-        assert not saver.save(tmp_path, 2, limit=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-
-
-def test_weights_that_overflow_are_not_saved(train, tmp_path, monkeypatch):
-    step, calls = torch.optim.AdamW.step, []
-
-    def overflow(self, *args, **kwargs):
-        result = step(self, *args, **kwargs)
-        calls.append(None)
-        if len(calls) == 3:
-            with torch.no_grad():
-                self.param_groups[0]["params"][5].view(-1)[0] = float("inf")
-        return result
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    run = train(**SHORT | {"max_train_steps": 3, "checkpointing_steps": 1})
-    assert run.returncode == 1 and "after step 3" in last_line(run), run
-    assert list(map(step_of, script.list_checkpoints(run.folder))) == [1, 2]
-    assert not (run.folder / "prior_pipeline").exists()
+def test_weights_that_overflow_are_not_saved(train):
+    """In step 3, whose learning rate is larger than the largest float32."""
+    flags = SHORT | {"max_train_steps": 3, "checkpointing_steps": 1}
+    run = train(**flags, lr_scheduler="piecewise_constant", lr_step_rules="1:2,1e43")
+    assert "stopped after step 3: weights are not finite" in run.error()
+    assert run.checkpoints() == [1, 2] and not (run.folder / "prior_pipeline").exists()
 
 
 LOST = {"loss.png": (Figure, "savefig"), "samples/": (Image.Image, "save"), "loss.jsonl": (script, "open")}
@@ -453,75 +373,94 @@ LOST = {"loss.png": (Figure, "savefig"), "samples/": (Image.Image, "save"), "los
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", LOST)
-def test_a_full_disk_for_what_is_not_essential_does_not_end_the_run(train, unbroken, monkeypatch, lost):
+def test_a_full_disk_for_what_is_not_essential_does_not_end_the_run(train, lost):
     def no_space_to_write(file, mode="r", **kwargs):
         return open(file, mode, **kwargs) if mode.startswith("r") else no_space()
 
-    owner, name = LOST[lost]
-    failing = no_space_to_write if name == "open" else no_space
-    monkeypatch.setattr(owner, name, failing, raising=False)  # `open` becomes a global of the script
-    run = train(**UNEVEN)
-    assert run.returncode == 0, run
+    def patch():
+        owner, name = LOST[lost]  # `open` becomes a global of the script
+        setattr(owner, name, no_space_to_write if name == "open" else no_space)
+
+    run = train(patch, **UNEVEN).ok()
     message = f"Writing {lost} failed, the run continues: OSError: [Errno {errno.ENOSPC}]"
     assert run.output.count(message) == 1, run
-    assert same_weights(run.prior(), unbroken.prior())
+    assert same_weights(run.prior(), train(**UNEVEN).prior())
 
 
-# ------------------------------------------------------------ killed at any other moment, and resumed exactly
+# ----------------------------------------------------------- stopped at any other moment, and resumed exactly
 
 LIMITED = UNEVEN | {"checkpointing_steps": 2, "checkpoints_total_limit": 2}
-# A function of the script, its call, and the file operation from there on at which the process is killed.
-MOMENTS = ["save_checkpoint 2 9", "save_pipeline 1 25", "save_checkpoint 3 17", "save_pipeline 1 3"]
-MOMENTS += ["encode_batch 8 0", "log_validation 1 0", "generate_images 2 0", "log_images 2 2"]
-MOMENTS += ["save_components 2 5", "move_into_place 2 14", "save_model_card 1 0"]
+# A function of the script, its call, what happens there (a signal, or a kill at a file operation from there
+# on), and after a signal the checkpoints. After the last step, Python's own handlers are back.
+STOPPED = [
+    ("encode_batch", 8, signal.SIGTERM, [2, 3]),
+    ("encode_batch", 10, signal.SIGHUP, [2, 4]),  # a validation is due
+    ("save_pipeline", 1, signal.SIGTERM, [6, 7]),
+    ("generate_images", 2, 0, None),
+    ("save_pipeline", 1, 25, None),
+    ("check_finite", 3, signal.SIGINT, [2, 4]),  # too late for its step
+    ("save_checkpoint", 1, signal.SIGTERM, [2, 3]),
+    ("generate_images", 2, signal.SIGINT, [2, 3]),
+    ("save_checkpoint", 4, signal.SIGTERM, [6, 7]),
+    ("save_model_card", 1, signal.SIGTERM, [6, 7]),
+    ("encode_batch", 8, 0, None),
+    ("log_validation", 1, 0, None),
+    ("save_pipeline", 1, 3, None),
+    ("log_images", 2, 2, None),
+    ("save_components", 2, 5, None),
+    ("move_into_place", 2, 14, None),
+    ("save_model_card", 1, 0, None),
+]
 
 
-@pytest.mark.parametrize("moment", cases(MOMENTS, *MOMENTS[:2]))
-def test_a_run_killed_at_any_moment_resumes_exactly(train, unbroken, tmp_path, moment):
-    name, call, operation = moment.split()
+@pytest.mark.parametrize(("name", "call", "event", "checkpoints"), cases(STOPPED, *STOPPED[:5]))
+def test_a_run_stopped_at_any_moment_resumes_exactly(train, tmp_path, name, call, event, checkpoints):
+    is_signal = isinstance(event, signal.Signals)
 
-    def kill():
-        kill_at(int(operation)) if operation != "0" else send(signal.SIGKILL)
+    def patch():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, it would be ignored
+        at_call(script, name, call, functools.partial(signal.raise_signal if is_signal else kill_at, event))
 
     flags = LIMITED | {"output_dir": tmp_path / "run", "resume_from_checkpoint": "latest"}
-    killed = train(functools.partial(at_call, script, name, int(call), kill), **flags)  # a new run
-    assert killed.returncode == -9, killed
-    run = train(**flags)
-    assert run.returncode == 0, run
-    assert same_weights(run.prior(), unbroken.prior())
-    assert run.samples().keys() == unbroken.samples().keys(), "what had been validated, and what had not"
-    assert all(np.array_equal(image, unbroken.samples()[key]) for key, image in run.samples().items())
-    assert run.losses() == unbroken.losses()
+    stopped = train(patch, **flags, dataloader_num_workers=2 * is_signal)  # a new run
+    if is_signal:
+        is_handled = name not in ("save_pipeline", "save_model_card")
+        assert stopped.returncode == (128 + event if is_handled else -event), stopped
+        assert stopped.checkpoints() == checkpoints and "Traceback" not in stopped.output
+        assert ("latest continues" in stopped.output) == (7 not in checkpoints)
+        assert (stopped.folder / "prior_pipeline").exists() == (name == "save_model_card")
+        assert not (stopped.folder / "README.md").exists()
+    else:
+        assert stopped.returncode == -signal.SIGKILL, stopped
+    (stopped.folder / ".DS_Store").touch()  # without a checkpoint, hidden files and logs do not count
+    run, unbroken = train(**flags).ok(), train(**UNEVEN).ok()
+    assert same_weights(run.prior(), unbroken.prior()) and run.losses() == unbroken.losses()
+    assert equal_images(run.samples(), unbroken.samples()), "what had been validated, and what had not"
+    assert (run.folder / "README.md").exists()
     assert not list(run.folder.glob(".result*")) + list(run.folder.glob(".checkpoint*"))
 
 
 # ------------------------------------------------------------------------------ what may change on resuming
 
 
-def test_another_learning_rate_and_length_apply_on_resuming(train, run_copy):
-    flags = {"learning_rate": 5e-4, "lr_scheduler": "linear", "lr_warmup_steps": 0, "max_train_steps": 5}
-    run = train(**SHORT | flags, output_dir=run_copy, resume_from_checkpoint="latest")
-    assert run.returncode == 0, run
+def test_other_settings_apply_on_resuming_and_are_reported(train, run_copy):
+    schedule = {"learning_rate": 5e-4, "lr_scheduler": "linear", "lr_warmup_steps": 0, "max_train_steps": 5}
+    others = {"caption_dropout": 0.5, "loss_weighting": "p2", "resolution": 96}
+    run = train(**SHORT | schedule | others, output_dir=run_copy, resume_from_checkpoint="latest").ok()
     rates = [run.losses("lr")[step] for step in (3, 4, 5)]
     assert rates == pytest.approx([5e-4 * 2 / 5, 5e-4 / 5, 0])
-
-
-def test_changed_settings_are_reported(train, run_copy):
-    flags = {"max_train_steps": 3, "caption_dropout": 0.5, "loss_weighting": "p2", "resolution": 96}
-    run = train(**SHORT | flags, output_dir=run_copy, resume_from_checkpoint="latest")
-    assert run.returncode == 0, run
     reported = {line.partition("--")[2] for line in run.output.splitlines() if "Changed since" in line}
-    expected = {"caption_dropout=0.5 (was 0.0)", "loss_weighting=p2 (was none)", "resolution=96 (was 64)"}
-    assert reported >= expected | {"max_train_steps=3 (was 2)"}
+    assert reported >= {"caption_dropout=0.5 (was 0.0)", "loss_weighting=p2 (was none)"}
+    assert reported >= {"resolution=96 (was 64)", "max_train_steps=5 (was 2)"}
     assert not [text for text in reported if "batch_size" in text or "output_dir" in text]
 
 
-CHANGED = {
-    "an image": "another rows_hash",
-    "the order": "another rows_hash",
-    "one caption": "another rows_hash",
-    "optimizer": "another optimizer=adamw, this one adamw8bit",
-    "use_ema": "has no prior_ema/",
+CHANGED = {  # flags that change, and the reason
+    "an image": ({}, "another rows_hash"),
+    "the order": ({}, "another rows_hash"),
+    "one caption": ({}, "another rows_hash"),
+    "the optimizer": ({"optimizer": "adamw8bit"}, "another optimizer=adamw, this one adamw8bit"),
+    "the average": ({"use_ema": True}, "has no prior_ema/"),
 }
 
 
@@ -536,39 +475,32 @@ def test_other_data_or_optimizers_are_refused_in_one_line(train, run_copy, tmp_p
     elif change == "one caption":
         rows[33]["text"] = "something else"
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"optimizer": {"optimizer": "adamw8bit"}, "use_ema": {"use_ema": True}}.get(change, {})
-    before = snapshot(run_copy)
-    run = train(**LONGER | {"train_data_dir": folder} | flags, output_dir=run_copy)
-    assert run.returncode == 1 and CHANGED[change] in last_line(run), run
-    assert "checkpoint-2" in last_line(run)
+    before, (flags, reason) = snapshot(run_copy), CHANGED[change]
+    error = train(**LONGER, **flags, train_data_dir=folder, output_dir=run_copy).error()
+    assert reason in error and "checkpoint-2" in error
     assert snapshot(run_copy) == before
 
 
-def test_a_moved_data_set_is_resumed_and_foreign_lines_in_the_log_are_ignored(train, run_copy, tmp_path):
+def test_a_moved_data_set_foreign_lines_and_a_foreign_folder_do_not_matter(train, run_copy, tmp_path):
+    """The folder, with the name of a checkpoint that the resumed run writes, is not lost."""
     lines = ["foreign", "[1]", "17", '{"train_loss": 1.0}', '"{}"', "null", '{"step": 1, "train']
     with open(run_copy / "loss.jsonl", "a") as file:
         file.write("\n".join(lines))
+    (run_copy / "checkpoint-3").mkdir()
+    (run_copy / "checkpoint-3" / "mine.txt").write_text("mine")
     folder = shutil.copytree(IMAGES, tmp_path / "data")
-    run = train(**LONGER, train_data_dir=folder, output_dir=run_copy)
-    assert run.returncode == 0 and list(run.losses()) == [1, 2, 3], run
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
+    run = train(**LONGER, train_data_dir=folder, output_dir=run_copy).ok()
+    assert list(run.losses()) == [1, 2, 3] and run.checkpoints() == [2, 3]
+    assert [path.read_text() for path in run_copy.rglob("mine.txt")] == ["mine"]
 
 
 @pytest.mark.parametrize("content", ["code", "zeros", "another version"])
 def test_a_checkpoint_of_other_content_is_one_line_and_runs_no_code(train, run_copy, tmp_path, content):
     checkpoint, state = run_copy / "checkpoint-2", script.read_state(run_copy / "checkpoint-2")
     file = checkpoint / "optimizer.bin"
-    if content == "code":
-        torch.save({"optimizer": Payload(tmp_path / "ran"), "scaler": None}, file)
+    if content == "code":  # it makes a folder when it is unpickled
+        code = type("Code", (), {"__reduce__": lambda self: (os.mkdir, (str(tmp_path / "ran"),))})
+        torch.save({"optimizer": code(), "scaler": None}, file)
     elif content == "zeros":
         file.write_bytes(bytes(file.stat().st_size))
     else:  # 892205b
@@ -579,11 +511,11 @@ def test_a_checkpoint_of_other_content_is_one_line_and_runs_no_code(train, run_c
     state["files"]["optimizer.bin"] = file.stat().st_size
     (checkpoint / script.STATE_FILE).write_text(json.dumps(state))
     run = train(**LONGER | {"resume_from_checkpoint": checkpoint}, output_dir=run_copy)
-    assert run.returncode == 1 and "checkpoint-2" in last_line(run), run
+    assert "checkpoint-2" in run.error()
     assert not (tmp_path / "ran").exists()
     if content == "code":
-        torch.load(file, weights_only=False)  # the payload does work
-        assert (tmp_path / "ran").exists()
+        torch.load(file, weights_only=False)
+        assert (tmp_path / "ran").exists(), "otherwise the test proves nothing"
 
 
 # --------------------------------------------------------------------------- the output folder: what is there
@@ -601,66 +533,42 @@ def test_what_is_in_the_folder_is_not_replaced_unasked(train, run_copy, tmp_path
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("mine")
     before = snapshot(folder)
-    run = train(**SHORT, checkpointing_steps=1, output_dir=folder, resume_from_checkpoint=resume)
-    assert run.returncode == 1, run
+    error = train(**SHORT, checkpointing_steps=1, output_dir=folder, resume_from_checkpoint=resume).error()
     ways = ("--output_dir", "--resume_from_checkpoint=latest", "--overwrite_output_dir")
-    assert all(text in last_line(run) for text in (*ways, name.partition("/")[0])), run
+    assert all(text in error for text in (*ways, name.partition("/")[0])), error
     assert snapshot(folder) == before
 
 
-def test_latest_starts_a_run_that_was_killed_before_its_first_checkpoint(train, run_copy, finished):
-    for path in run_copy.iterdir():
-        if path.name not in ("loss.jsonl", "loss.png", "samples"):
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-    (run_copy / ".DS_Store").write_text("hidden files do not count")
-    flags = SHORT | {"validation_prompts": ["a red apple"]}
-    run = train(**flags, output_dir=run_copy, resume_from_checkpoint="latest")
-    assert run.returncode == 0, run
-    assert same_weights(run.prior(), Output(finished).prior()) and list(run.losses()) == [1, 2]
-    assert (run_copy / ".DS_Store").exists()
-
-
-def test_a_foreign_checkpoint_folder_is_not_lost_on_resuming(train, run_copy):
-    """It has the name of a checkpoint that the resumed run writes."""
-    (run_copy / "checkpoint-3").mkdir()
-    (run_copy / "checkpoint-3" / "mine.txt").write_text("mine")
-    run = train(**LONGER, output_dir=run_copy)
-    assert "mine" in [path.read_text() for path in run_copy.rglob("mine.txt")]
-    assert list(map(step_of, script.list_checkpoints(run_copy))) == [2, 3], run
-
-
-def test_resuming_an_older_checkpoint_deletes_the_newer_only_if_asked(train, unbroken, tmp_path):
+def test_resuming_an_older_checkpoint_deletes_the_newer_only_if_asked(train, tmp_path):
+    unbroken = train(**UNEVEN).ok()
     folder = shutil.copytree(unbroken.folder, tmp_path / "run")
     flags = UNEVEN | {"output_dir": folder, "resume_from_checkpoint": folder / "checkpoint-5"}
-    before = snapshot(folder)
-    run = train(**flags)
-    assert run.returncode == 1 and "--overwrite_output_dir" in last_line(run), run
-    assert "checkpoint-6" in last_line(run) and snapshot(folder) == before
-    run = train(**flags, overwrite_output_dir=True, validation_split=None)
-    assert run.returncode == 0, run
+    before, error = snapshot(folder), train(**flags).error()
+    assert "--overwrite_output_dir" in error and "checkpoint-6" in error
+    assert snapshot(folder) == before
+    run = train(**flags, overwrite_output_dir=True).ok()
     assert same_weights(run.prior(), unbroken.prior()) and run.losses() == unbroken.losses()
 
 
-def fail(*args, **kwargs):
+def fail():
     raise RuntimeError("it is broken")
 
 
 @pytest.mark.parametrize(
     ("flags", "owner", "name", "named"),
     [
-        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x"}, script, None, "--lr_scheduler"),
-        ({"lr_scheduler": "polynomial", "learning_rate": 1e-9}, script, None, "--lr_scheduler"),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x"}, None, None, "--lr_scheduler"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-9}, None, None, "--lr_scheduler"),
         ({"report_to": "wandb"}, Accelerator, "init_trackers", "--report_to"),
         ({"use_8bit_adam": True}, script, "make_optimizer", "--optimizer=adamw8bit"),
         ({}, script, "check_finite", "RuntimeError: it is broken"),  # in the first step
     ],
     ids=["rules", "polynomial", "tracker", "optimizer", "first step"],
 )
-def test_a_start_that_fails_deletes_no_checkpoint(train, run_copy, monkeypatch, flags, owner, name, named):
-    before = snapshot(run_copy)
-    if name:
-        monkeypatch.setattr(owner, name, fail)
-    run = train(**SHORT | {"report_to": "none"} | flags, output_dir=run_copy, overwrite_output_dir=True)
+def test_a_start_that_fails_deletes_no_checkpoint(train, run_copy, flags, owner, name, named):
+    before, patch = snapshot(run_copy), functools.partial(at_call, owner, name, 1, fail) if owner else None
+    flags = SHORT | {"report_to": "none", "overwrite_output_dir": True} | flags
+    run = train(patch, **flags, output_dir=run_copy)
     assert run.returncode == 1 and named in run.output.strip().splitlines()[-1], run
     if name == "check_finite":  # a new log has begun
         logs = ("loss.jsonl", "loss.png", "samples/")
@@ -668,120 +576,101 @@ def test_a_start_that_fails_deletes_no_checkpoint(train, run_copy, monkeypatch, 
     assert before.items() <= snapshot(run_copy).items()
 
 
-def test_overwriting_replaces_result_logs_and_checkpoints_after_the_first_step(train, run_copy, finished):
-    run = train(**SHORT | {"max_train_steps": 1}, seed=1, output_dir=run_copy, overwrite_output_dir=True)
-    assert run.returncode == 0, run
-    assert not same_weights(run.prior(), Output(finished).prior()) and list(run.losses()) == [1]
-    assert list(map(step_of, script.list_checkpoints(run_copy))) == [1]
+def test_overwriting_replaces_result_logs_and_checkpoints_after_the_first_step(train, run_copy):
+    flags, before = SHORT | {"max_train_steps": 1, "seed": 1}, Output(run_copy).prior()
+    run = train(**flags, output_dir=run_copy, overwrite_output_dir=True).ok()
+    assert not same_weights(run.prior(), before)
+    assert list(run.losses()) == run.checkpoints() == [1]
 
 
 # ------------------------------------------------------------------------------------- the result at the end
-
-
-@pytest.fixture(scope="module")
-def longer(train):
-    """A run of three steps, with which those that continue the one of two are compared."""
-    return train(**SHORT | {"max_train_steps": 3})
 
 
 def assert_complete(run, expected):
     """The result is that run's, in both places, and nothing temporary is left."""
     for root in (run.folder / "prior_pipeline" / "prior", run.folder / "prior_prior"):
         assert same_weights(load_weights(root), expected.prior()), root
-    files = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
-    wanted = {str(p.relative_to(expected.folder)) for p in expected.folder.rglob("*") if p.is_file()}
-    assert {name for name in wanted if not name.startswith(("checkpoint", "logs"))} <= files
-    assert not [name for name in files if name.startswith(".result")]
+    wanted = {name for name in snapshot(expected.folder) if not name.startswith(("checkpoint", "logs"))}
+    assert wanted <= snapshot(run.folder).keys() and not list(run.folder.glob(".result*"))
 
 
-def test_modes_times_links_and_flushes_of_folders_are_not_needed(
-    train, run_copy, longer, tmp_path, monkeypatch
-):
-    """As on CIFS, gcsfuse, or a Windows drive in WSL."""
+def refuse(names, error, is_refused):
+    """Makes functions of `os` fail for some paths."""
 
-    def refuse(function):
+    def replace(function):
         def call(path, *args, **kwargs):
-            where = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.path.abspath(path)
-            if str(where).startswith(str(tmp_path)) and (
-                function.__name__ != "fsync" or os.path.isdir(where)
-            ):
-                raise OSError(errno.EPERM, os.strerror(errno.EPERM), where)
+            if is_refused(path, **kwargs):
+                raise OSError(error, os.strerror(error), path)
             return function(path, *args, **kwargs)
 
         return call
 
-    for name in ("chmod", "utime", "link", "symlink", "fsync"):
-        monkeypatch.setattr(os, name, refuse(getattr(os, name)))
-    run = train(**LONGER, output_dir=run_copy)
-    assert run.returncode == 0, run
-    assert_complete(run, longer)
-    assert list(map(step_of, script.list_checkpoints(run_copy))) == [2, 3]
+    for name in names:
+        setattr(os, name, replace(getattr(os, name)))
 
 
-def test_a_busy_old_result_is_replaced_and_what_stays_is_a_warning(train, run_copy, longer, monkeypatch):
+def test_modes_times_links_and_flushes_of_folders_are_not_needed(train, run_copy):
+    """As on CIFS, gcsfuse, or a Windows drive in WSL."""
+
+    def is_there(path, **kwargs):
+        return os.path.abspath(path).startswith(str(run_copy))
+
+    def patch():
+        refuse(["chmod", "utime", "link", "symlink"], errno.EPERM, is_there)
+        refuse(["fsync"], errno.EPERM, lambda descriptor: os.path.isdir(f"/proc/self/fd/{descriptor}"))
+
+    run = train(patch, **LONGER, output_dir=run_copy).ok()
+    assert_complete(run, train(**SHORT | {"max_train_steps": 3}))
+    assert run.checkpoints() == [2, 3]
+
+
+def test_a_busy_old_result_is_replaced_and_what_stays_is_a_warning(train, run_copy):
     """Its files are open on another NFS client: they can be moved, and not be deleted."""
     busy = {path.stat().st_ino for path in (run_copy / "prior_pipeline").rglob("*") if path.is_file()}
 
-    def refuse(function):
-        def call(path, *args, **kwargs):
-            if os.stat(path, follow_symlinks=False, **kwargs).st_ino in busy:
-                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
-            return function(path, *args, **kwargs)
+    def is_busy(path, **kwargs):
+        return os.stat(path, follow_symlinks=False, **kwargs).st_ino in busy
 
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in ("unlink", "remove"):
-            patch.setattr(os, name, refuse(getattr(os, name)))
-        run = train(**LONGER, output_dir=run_copy)
-        left = [path for path in run_copy.rglob("*") if path.stat().st_ino in busy]
-        assert run.returncode == 0 and left, run
-        warnings = [line for line in run.output.splitlines() if "WARNING" in line and "Delet" in line]
-        assert warnings and all(os.strerror(errno.EBUSY) in line for line in warnings)
-        assert same_weights(run.prior(), longer.prior())
-        run = train(**LONGER, output_dir=run_copy)  # they are still busy
-        assert run.returncode == 0, run
-    run = train(**LONGER, output_dir=run_copy)
-    assert run.returncode == 0, run
-    assert_complete(run, longer)
+    patch = functools.partial(refuse, ["unlink", "remove"], errno.EBUSY, is_busy)
+    run, expected = train(patch, **LONGER, output_dir=run_copy).ok(), train(**SHORT | {"max_train_steps": 3})
+    assert any(path.stat().st_ino in busy for path in run_copy.rglob("*"))
+    warnings = [line for line in run.output.splitlines() if "WARNING" in line and "Delet" in line]
+    assert warnings and all(os.strerror(errno.EBUSY) in line for line in warnings)
+    assert same_weights(run.prior(), expected.prior())
+    train(patch, **LONGER, output_dir=run_copy).ok()  # they are still busy
+    assert_complete(train(**LONGER, output_dir=run_copy).ok(), expected)
 
 
-@pytest.mark.parametrize("call", [1, 2, 3], ids=["the prior", "the decoder", "the configuration"])
+FULL = {  # what is being written when there is no space left
+    "the prior": (script.CLIPTextModel, "save_pretrained"),
+    "the decoder": (script.wuerstchen.PaellaVQModel, "save_pretrained"),
+    "the configuration": (script.wuerstchen.WuerstchenCombinedPipeline, "save_config"),
+}
+
+
+@pytest.mark.parametrize("part", FULL)
 @pytest.mark.parametrize("is_new", [True, False])
 def test_a_full_disk_at_the_end_is_an_error_without_a_card_and_keeps_the_old_result(
-    train, run_copy, tmp_path, monkeypatch, call, is_new
+    train, run_copy, tmp_path, part, is_new
 ):
     folder = tmp_path / "new" if is_new else run_copy
     before = {} if is_new else snapshot(folder)
-    save_components, calls = script.save_components, []
-
-    def save(components, target):
-        calls.append(None)
-        save_components(components, target)
-        if len(calls) == call:
-            next(path for path in sorted(target.rglob("*")) if path.is_file()).unlink()
-            no_space()
-
-    monkeypatch.setattr(script, "save_components", save)
-    if call == 3:
-        monkeypatch.setattr(script.wuerstchen.WuerstchenCombinedPipeline, "save_config", no_space)
-    run = train(**LONGER, output_dir=folder)
-    assert run.returncode == 1 and "--output_dir" in last_line(run) and "No space left" in last_line(run), run
+    run = train(functools.partial(at_call, *FULL[part], 1, no_space), **LONGER, output_dir=folder)
+    assert "--output_dir" in run.error() and "No space left" in run.error(), run
     assert script.read_state(folder / "checkpoint-3")
     assert not list(folder.glob(".result*")), "it would fill the disk"
-    assert (folder / "prior_pipeline").exists() == (call > 1 or not is_new)
+    assert (folder / "prior_pipeline").exists() == (part != "the prior" or not is_new)
     after = snapshot(folder)
     assert not is_new or "README.md" not in after
-    for name in before:
-        is_replaced = name.startswith(("checkpoint", "loss", "samples"))
-        if not is_replaced and not (call > 1 and name.startswith("prior_pipeline")):
-            assert after[name] == before[name], name
+    replaced = ("checkpoint", "loss", "samples") + ("prior_pipeline",) * (part != "the prior")
+    kept = {name: content for name, content in before.items() if not name.startswith(replaced)}
+    assert kept.items() <= after.items()
 
 
 def test_modes_of_all_files_are_those_of_the_umask(train, tmp_path):
     """safetensors 0.8 lets only their owner read them."""
-    run = train(functools.partial(os.umask, 0o027), **SMALL, use_ema=True, output_dir=tmp_path / "run")
-    assert run.returncode == 0, run
+    flags = SMALL | {"use_ema": True, "output_dir": tmp_path / "run"}
+    run = train(functools.partial(os.umask, 0o027), **flags).ok()
     files = [path for path in run.folder.rglob("*") if path.is_file() and path.name != ".lock"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
     assert len([path for path in files if path.suffix == ".safetensors"]) == 15

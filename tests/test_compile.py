@@ -10,15 +10,13 @@ compiler is PyTorch's own. The last tests need a GPU, on which the others are sk
 
 import functools
 import itertools
-import os
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DynamoBackend
-from conftest import SCRIPT, TESTS, assert_continues_as, distance, resumed, run_command, same_weights, script
+from conftest import assert_continues_as, distance, resumed, run_in_fork, same_weights, script
 from tiny_models import PRIOR_TEXT_WIDTH, make_prior
 
 # Epochs of 14 rows end within steps, and validation is in between. AdamW's first step is the gradient's sign,
@@ -147,69 +145,67 @@ def assert_trains_alike(compiled, plain, exact=None, tolerance=1e-4, without=())
         assert compiled.logged(tag) == pytest.approx(plain.logged(tag), rel=tolerance), tag
 
 
-@cpu_only
+# Micro-steps per step, what is on, and the compiler's backend.
+ON_CPU = [
+    (3, {}, PARTITIONED),
+    (1, CHECKPOINTING, PARTITIONED),
+    (1, {}, PARTITIONED),
+    (3, CHECKPOINTING, PARTITIONED),
+    (3, BF16, PARTITIONED),
+    (3, {}, "inductor"),
+    (3, CHECKPOINTING | BF16, "inductor"),
+    (2, {"optimizer": "adamw8bit"}, PARTITIONED),
+    (2, {"optimizer": "adafactor", "adam_epsilon": None}, PARTITIONED),
+    (2, {"ranks": 2}, PARTITIONED),
+]
+PRECISIONS = [{}, BF16, {"mixed_precision": "fp16"}]
+ON_GPU = [(n, on | p, None) for n in (1, 3) for on in ({}, CHECKPOINTING) for p in PRECISIONS]
+
+
 @pytest.mark.parametrize(
     ("accumulation", "flags", "backend"),
     [
-        (3, {}, PARTITIONED),
-        pytest.param(1, CHECKPOINTING, PARTITIONED, marks=slow),
-        pytest.param(1, {}, PARTITIONED, marks=slow),
-        pytest.param(3, CHECKPOINTING, PARTITIONED, marks=slow),
-        pytest.param(3, BF16, PARTITIONED, marks=slow),
-        pytest.param(3, {}, "inductor", marks=slow),
-        pytest.param(3, CHECKPOINTING | BF16, "inductor", marks=slow),
+        *(pytest.param(*case, marks=[cpu_only, slow] if i else [cpu_only]) for i, case in enumerate(ON_CPU)),
+        *(pytest.param(*case, marks=gpu_only) for case in ON_GPU),
     ],
 )
-def test_a_compiled_run_equals_the_uncompiled_one(train, steady_prior, accumulation, flags, backend):
+def test_a_compiled_run_equals_the_uncompiled_one(train_ranks, steady_prior, accumulation, flags, backend):
     """In the weights, their average, losses, norms and validation of each step. Without dropout, for which
-    both use other random numbers."""
-    steps = steps_without_dropout(steady_prior, accumulation)
-    compiled = train(functools.partial(fake_gpu, backend=backend), **steps, **flags, compile=True)
-    plain = train(**steps, **flags)
-    assert compiled.returncode == plain.returncode == 0, (compiled, plain)
-    for direction in ("forward", "backward"):
-        assert compiled.output.count(f"replayed {direction}") == 5 * accumulation
-    assert "compiled 1 times" in compiled.output and IGNORED not in compiled.output
-    exact = train(**steps, **flags | {"mixed_precision": "no"}) if "mixed_precision" in flags else None
-    assert_trains_alike(compiled, plain, exact, 2e-2 if exact else 1e-4)
-
-
-@cpu_only
-@slow
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor"])
-def test_other_optimizers_train_on_the_graphs_gradients(train, steady_prior, optimizer):
-    """Apart from the biases of attention's keys, which do not change its output: their gradients are rounding
-    errors, and Adafactor has no epsilon that suppresses them."""
-    flags = steps_without_dropout(steady_prior, 2) | {"optimizer": optimizer}
-    if optimizer == "adafactor":
-        flags["adam_epsilon"] = None
+    both use other random numbers, and with Adafactor without the biases of attention's keys, which do not
+    change its output: their gradients are rounding errors, and it has no epsilon that suppresses them."""
+    flags = steps_without_dropout(steady_prior, accumulation) | {"timeout": 300} | flags
+    patch = functools.partial(fake_gpu, backend=backend) if backend else None
+    compiled, plain = train_ranks(patch, **flags, compile=True), train_ranks(**flags)
+    for run in compiled:
+        assert "Compiling" in compiled[0].output and IGNORED not in run.output
+        if backend:
+            for direction in ("forward", "backward"):
+                assert run.output.count(f"replayed {direction}") == 5 * accumulation
+            assert "compiled 1 times" in run.output
+    exact = None
+    if "mixed_precision" in flags:
+        exact = train_ranks(**flags | {"mixed_precision": "no"})[0].ok()
+    if backend is None:
+        tolerance = 5e-2 if exact else 1e-2  # convolutions are in TF32
     else:
-        pytest.importorskip("bitsandbytes")
-    compiled, plain = train(fake_gpu, **flags, compile=True), train(**flags)
-    assert compiled.returncode == plain.returncode == 0, (compiled, plain)
-    assert "replayed backward" in compiled.output
-    assert_trains_alike(compiled, plain, None, 1e-2, "to_k.bias" if optimizer == "adafactor" else ())
+        tolerance = 2e-2 if exact else 1e-2 if "optimizer" in flags else 1e-4
+    without = "to_k.bias" if flags.get("optimizer") == "adafactor" else ()
+    assert_trains_alike(compiled[0].ok(), plain[0].ok(), exact, tolerance, without)
 
 
-@cpu_only
-@slow
-def test_a_resumed_compiled_run_continues_with_the_same_bits(train, tmp_path):
-    """With dropout, which follows from the seed and the step as everything else does."""
+@pytest.mark.parametrize(
+    "patch", [pytest.param(fake_gpu, marks=[cpu_only, slow]), pytest.param(None, marks=gpu_only)]
+)
+def test_a_resumed_compiled_run_continues_with_the_same_bits(train, tmp_path, patch):
+    """With dropout, which follows from the seed and the step as everything else does. A GPU's kernels add in
+    any order, so there not to the bit; other random numbers would give another loss."""
     steps = STEPS | {"gradient_accumulation_steps": 3, "compile": True}
-    run = train(fake_gpu, **steps)
-    assert run.returncode == 0, run
-    again = resumed(functools.partial(train, fake_gpu), run, 2, tmp_path, **steps)
-    assert_continues_as(again, run, 2, 5)
-
-
-@cpu_only
-@slow
-def test_two_compiled_ranks_average_their_gradients(train_ranks, steady_prior):
-    steps = steps_without_dropout(steady_prior, 2)
-    compiled, plain = train_ranks(fake_gpu, **steps, compile=True), train_ranks(**steps)
-    assert all(run.returncode == 0 for run in (*compiled, *plain)), (*compiled, *plain)
-    assert all(run.output.count("replayed backward") == 10 for run in compiled)
-    assert_trains_alike(compiled[0], plain[0])
+    run = train(patch, **steps).ok()
+    again = resumed(functools.partial(train, patch), run, 2, tmp_path, **steps)
+    if patch:
+        assert_continues_as(again, run, 2, 5)
+    expected = {step: value for step, value in run.logged("train_loss").items() if step > 2}
+    assert again.logged("train_loss") == pytest.approx(expected, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------- where it is ignored
@@ -218,31 +214,28 @@ def test_two_compiled_ranks_average_their_gradients(train_ranks, steady_prior):
 @cpu_only
 @slow
 @pytest.mark.parametrize(
-    ("patch", "reason"),
+    ("patch", "backend", "reason"),
     [
-        (None, "it is for CUDA"),
-        (functools.partial(fake_gpu, fail_to_compile), "RuntimeError: Failed to find C compiler."),
+        (None, None, "it is for CUDA"),
+        (functools.partial(fake_gpu, fail_to_compile), None, "RuntimeError: Failed to find C compiler."),
+        (None, "eager", "it is for CUDA, without --dynamo_backend"),
     ],
-    ids=["on a CPU", "without a compiler"],
+    ids=["on a CPU", "without a compiler", "compiled by Accelerate"],
 )
-def test_compile_is_ignored_with_one_line_where_it_is_not_possible(train, patch, reason):
+def test_compile_is_ignored_with_one_line_where_it_is_not_possible(
+    train, steady_prior, patch, backend, reason
+):
     steps = STEPS | {"gradient_accumulation_steps": 2}
-    compiled, plain = train(patch, **steps, compile=True), train(**steps)
-    assert compiled.returncode == 0 and "Traceback" not in compiled.output, compiled
+    if backend:
+        steps = steps_without_dropout(steady_prior, 2)
+    plain = train(**steps).ok()
+    compiled = train(patch, {"ACCELERATE_DYNAMO_BACKEND": backend}, **steps, compile=True).ok()
     (line,) = (line for line in compiled.output.splitlines() if IGNORED in line)
-    assert reason in line
-    assert same_weights(compiled.prior(), plain.prior())
-
-
-@cpu_only
-@slow
-def test_accelerates_own_compiling_works_and_has_precedence(train, steady_prior):
-    steps = steps_without_dropout(steady_prior, 2)
-    theirs = train(env={"ACCELERATE_DYNAMO_BACKEND": "eager"}, **steps, compile=True)
-    plain = train(**steps)
-    assert theirs.returncode == plain.returncode == 0, (theirs, plain)
-    assert IGNORED in theirs.output
-    assert_trains_alike(theirs, plain)
+    assert reason in line and "Traceback" not in compiled.output
+    if backend:
+        assert_trains_alike(compiled, plain)
+    else:
+        assert same_weights(compiled.prior(), plain.prior())
 
 
 # ---------------------------------------------------------------------------- dropout, with the real compiler
@@ -252,13 +245,12 @@ def prior_with_dropout(is_compiled):
     """A prior with much dropout, a function of latents, timesteps and embeddings."""
     prior = make_prior(dropout=0.5).train()
     if is_compiled:
+        torch.cuda.make_graphed_callables = make_fake_graphs
+        script.logger.info = lambda text: None  # it wants an Accelerator
         args = {"train_batch_size": 4, "resolution": 128, "gradient_accumulation_steps": 1}
         args = SimpleNamespace(**args, gradient_checkpointing=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "make_graphed_callables", make_fake_graphs)
-            patch.setattr(script.logger, "info", lambda text: None)  # it wants an Accelerator
-            embeds = torch.zeros(1, 77, PRIOR_TEXT_WIDTH)
-            script.compile_prior(prior, fake_accelerator(DynamoBackend.NO), args, embeds)
+        embeds = torch.zeros(1, 77, PRIOR_TEXT_WIDTH)
+        script.compile_prior(prior, fake_accelerator(DynamoBackend.NO), args, embeds)
         assert "graphed_forward" in prior.forward.__code__.co_freevars
     return prior
 
@@ -312,38 +304,4 @@ def check_distribution():
 @slow
 @pytest.mark.parametrize("check", [check_backward, check_distribution])
 def test_compiled_dropout_is_right_in_the_backward_pass_and_in_distribution(check):
-    """In a new process: neither autograd nor OpenMP may be used in the fork of one that has used it."""
-    code = f"import test_compile; test_compile.{check.__name__}()"
-    path = {"PYTHONPATH": os.pathsep.join([str(TESTS), str(SCRIPT.parent)])}
-    child = run_command([sys.executable, "-c", code], env=path)
-    assert child.returncode == 0, child.stdout
-
-
-# --------------------------------------------------------------------------------------------------- on a GPU
-
-
-@gpu_only
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize("flags", [{}, CHECKPOINTING], ids=["", "checkpointing"])
-def test_on_a_gpu_a_compiled_run_equals_the_uncompiled_one(
-    train, steady_prior, accumulation, precision, flags
-):
-    steps = steps_without_dropout(steady_prior, accumulation)
-    compiled = train(**steps, **flags, mixed_precision=precision, compile=True)
-    plain = train(**steps, **flags, mixed_precision=precision)
-    assert compiled.returncode == plain.returncode == 0, (compiled, plain)
-    assert IGNORED not in compiled.output and "Compiling" in compiled.output
-    exact = None if precision == "no" else train(**steps, **flags, mixed_precision="no")
-    assert_trains_alike(compiled, plain, exact, 5e-2 if exact else 1e-2)  # convolutions are in TF32
-
-
-@gpu_only
-def test_on_a_gpu_a_resumed_compiled_run_has_the_same_dropout(train, tmp_path):
-    """Kernels add in any order, so not to the bit; other random numbers would give another loss."""
-    steps = STEPS | {"gradient_accumulation_steps": 3, "compile": True}
-    run = train(**steps)
-    assert run.returncode == 0, run
-    again = resumed(train, run, 2, tmp_path, **steps)
-    expected = {step: value for step, value in run.logged("train_loss").items() if step > 2}
-    assert again.logged("train_loss") == pytest.approx(expected, rel=1e-4)
+    run_in_fork(check)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training step computes: the loss, noise and timesteps, precision, random numbers and several ranks,
-against formulas written out here, the reference's loop and other implementations."""
+against formulas written out here and other implementations."""
 
 import functools
 import itertools
@@ -12,8 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import distance, load_optimizer_state, load_weights, run_in_fork, same_weights, script
+from conftest import checksum, distance, load_optimizer_state, load_weights, run_in_fork, same_weights, script
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
@@ -38,17 +37,17 @@ def add_noise(image_embeds, noise, t):
 # ------------------------------------------------------------------------------------------------- the step
 
 
+# Four samples a step, six rows: epochs end inside step 2, and with step 3.
 BY_HAND = {"max_train_steps": 3, "train_batch_size": 2, "gradient_accumulation_steps": 2}
-BY_HAND |= {"checkpointing_steps": 1, "learning_rate": 1e-3, "adam_weight_decay": 0.1}
+BY_HAND |= {"max_train_samples": 6, "checkpointing_steps": 1, "learning_rate": 1e-3}
 # A large epsilon, or the first steps are the signs of gradients and rounding decides some.
-BY_HAND |= {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3}
+BY_HAND |= {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "adam_weight_decay": 0.1}
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.05, 1000.0], ids=["clipped", "not clipped"])
 def test_loss_gradient_and_step_are_those_of_the_formulas(train, models, steady_prior, max_grad_norm):
     flags = {"max_grad_norm": max_grad_norm, "pretrained_prior_model_name_or_path": steady_prior}
-    run = train(**BY_HAND, **flags, record=True)
-    assert run.returncode == 0, run
+    run = train(**BY_HAND, **flags, record=True).ok()
 
     def check():
         text_encoder = CLIPTextModel.from_pretrained(
@@ -62,6 +61,8 @@ def test_loss_gradient_and_step_are_those_of_the_formulas(train, models, steady_
         losses, norms, rates = run.logged("train_loss"), run.logged("grad_norm"), run.logged("lr")
 
         assert len(run.record["steps"]) == 6
+        epochs = [{checksum(pixels) for pixels in epoch} for epoch in run.all("pixels").split(6)]
+        assert epochs[0] == epochs[1] and len(epochs[0]) == 6, "each row once an epoch"
         for step in (1, 2, 3):
             micro_losses = []
             for micro_step in run.record["steps"][2 * step - 2 : 2 * step]:
@@ -96,85 +97,15 @@ def test_loss_gradient_and_step_are_those_of_the_formulas(train, models, steady_
     run_in_fork(check)
 
 
-@pytest.mark.slow
-def test_losses_over_200_steps_are_those_of_the_references_loop(train, steady_prior):
-    """Of the script of the same name in diffusers, on the same embeddings and noise."""
-    flags = {"learning_rate": 1e-4, "max_train_steps": 200, "checkpointing_steps": 200, "record": True}
-    flags |= {"train_batch_size": 8, "gradient_accumulation_steps": 2}
-    run = train(**flags, pretrained_prior_model_name_or_path=steady_prior, timeout=900)
-    assert run.returncode == 0, run
-
-    def check():
-        prior = WuerstchenPrior.from_pretrained(steady_prior / "prior").train()
-        noise_scheduler = script.DDPMWuerstchenScheduler()
-        settings = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.0, "eps": 1e-8}
-        optimizer = torch.optim.AdamW(prior.parameters(), **settings)
-        losses = []
-        for batch in run.record["steps"]:
-            image_embeds = batch["latents"].add(1.0).div(42.0)
-            noisy_latents = noise_scheduler.add_noise(image_embeds, batch["noise"], batch["timesteps"])
-            pred_noise = prior(noisy_latents, batch["timesteps"], batch["prompt_embeds"])
-            loss = F.mse_loss(pred_noise.float(), batch["noise"].float(), reduction="mean")
-            (loss / 2).backward()
-            losses.append(loss.item())
-            if len(losses) % 2 == 0:
-                torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-        losses = np.reshape(losses, (200, 2)).mean(axis=1)
-        assert np.abs(losses - list(run.losses().values())).max() < 3e-7
-        assert losses[-50:].mean() < 0.95 * losses[:50].mean(), "the weights have changed"
-
-    run_in_fork(check)
-
-
-RANKS = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_samples": 10}
-RANKS |= {"max_train_steps": 4, "checkpointing_steps": 1, "use_ema": True, "learning_rate": 1e-3}
-
-
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_step_is_the_same_however_its_samples_are_shared_out(train, train_ranks, steady_prior, ranks):
-    """Eight samples: in two micro-steps of four, in eight of one, and on two ranks."""
-    flags = RANKS | {"pretrained_prior_model_name_or_path": steady_prior, "adam_epsilon": 1e-3}
-    flags |= {"max_grad_norm": 0.1, "lr_scheduler": "cosine", "lr_warmup_steps": 1, "record": True}
-    alone = train(**flags | {"train_batch_size": 4})
-    one_by_one = {"train_batch_size": 1, "gradient_accumulation_steps": 8}
-    shared = train_ranks(**flags) if ranks == 2 else [train(**flags | one_by_one)]
-    assert all(run.returncode == 0 for run in (*shared, alone)), (*shared, alone)
-    assert len(alone.record["steps"]) == 8 and len(shared[0].record["steps"]) == (32, 8)[ranks - 1]
-    assert all(run.record["rates"] == alone.record["rates"] for run in shared)
-    for name in ("pixels", "ids", "noise", "timesteps"):
-        # Ranks take turns, micro-batch by micro-batch.
-        parts = [run.all(name).unflatten(0, (-1, 2 if ranks == 2 else 1)) for run in shared]
-        assert torch.equal(alone.all(name), torch.stack(parts, dim=1).flatten(0, 2)), name
-    # Three epochs of ten rows, without augmentations.
-    epochs = [[pixels.numpy().tobytes() for pixels in epoch] for epoch in alone.all("pixels")[:30].split(10)]
-    assert len(set(epochs[0])) == 10 and all(set(epoch) == set(epochs[0]) for epoch in epochs)
-    before = load_weights(steady_prior / "prior")
-    for step in (2, 3, 4):
-        for name in ("prior", "prior_ema"):
-            moved = distance(alone.prior(step), before)
-            assert distance(shared[0].prior(step, name), alone.prior(step, name)) < 1e-4 * moved
-    for tag in ("train_loss", "grad_norm", "lr"):
-        assert shared[0].logged(tag) == pytest.approx(alone.logged(tag), rel=1e-4, abs=1e-12)
-
-
 def test_p2_weights_each_sample_by_its_share_of_noise(train, steady_prior):
     t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     assert (1 - alpha_bar(t)).mean().item() == pytest.approx(0.54, abs=0.05)
-    noise = torch.zeros(len(t), 1, 1, 1)
+    noise, noise_scheduler = torch.zeros(len(t), 1, 1, 1), script.DDPMWuerstchenScheduler()
     inputs = {"latents": noise, "prompt_embeds": None, "noise": noise, "timesteps": t.float()}
-    weights, ones = (
-        script.diffusion_loss(
-            lambda noisy_latents, timesteps, prompt_embeds: noise + 1,  # the squared error is 1
-            script.DDPMWuerstchenScheduler(),
-            **inputs,
-            weighting=weighting,
-        )
-        for weighting in ("p2", "none")
-    )
-    assert weights.tolist() == pytest.approx((1 - alpha_bar(t.float())).tolist(), rel=1e-4, abs=2e-7)
-    assert torch.equal(ones, torch.ones(len(t)))
+    for weighting, expected in (("p2", 1 - alpha_bar(t.float())), ("none", torch.ones(len(t)))):
+        # The predicted noise is 1 and the noise 0, so that the loss is the weight.
+        weights = script.diffusion_loss(lambda *_: noise + 1, noise_scheduler, **inputs, weighting=weighting)
+        assert weights.tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=2e-7)
 
     flags = {"max_train_steps": 1, "train_batch_size": 8, "loss_weighting": "p2", "record": True}
     run = train(**flags, pretrained_prior_model_name_or_path=steady_prior)
@@ -196,8 +127,7 @@ def without_encoder():
 
 def test_timesteps_are_uniform_float32_and_no_noise_is_used_twice(train):
     flags = {"max_train_steps": 32, "train_batch_size": 4, "gradient_accumulation_steps": 2}
-    run = train(without_encoder, **flags, record=True)
-    assert run.returncode == 0, run
+    run = train(without_encoder, **flags, record=True).ok()
     timesteps, noise = run.all("timesteps"), run.all("noise")
     assert timesteps.dtype == noise.dtype == torch.float32
     assert torch.equal(timesteps, run.all("given")), "the prior gets the timesteps of the noise"
@@ -236,8 +166,7 @@ def test_timesteps_are_one_as_often_as_in_the_original_training_or_never(samplin
 def test_a_dropped_caption_is_the_embedding_of_the_empty_string(train, models, images):
     """Sample by sample: of a batch, some captions are dropped, and the others are those of the rows."""
     flags = {"caption_dropout": 0.5, "max_train_steps": 1, "train_batch_size": 16, "record": True}
-    run = train(**flags)
-    assert run.returncode == 0, run
+    run = train(**flags).ok()
     tokenizer = CLIPTokenizerFast.from_pretrained(models / "prior" / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(models / "prior" / "text_encoder")
     captions = [json.loads(line)["text"] for line in (images / "metadata.jsonl").read_text().splitlines()]
@@ -282,8 +211,7 @@ def test_bf16_embeds_the_timesteps_in_float32(train, steady_prior, tmp_path):
     """Rounded to bf16, the timestep 0.7 can be off by 0.002, which turns the fastest sine by 20 radians."""
     file = tmp_path / "embeddings.pt"
     flags = BF16 | {"pretrained_prior_model_name_or_path": steady_prior, "record": True}
-    run = train(functools.partial(record_timestep_embeddings, file), **flags)
-    assert run.returncode == 0, run
+    run = train(functools.partial(record_timestep_embeddings, file), **flags).ok()
     embeddings = torch.load(file)
     assert len(embeddings) == 3 * 2, "two timestep blocks"
     t = run.all("timesteps")
@@ -303,8 +231,7 @@ def test_bf16_embeds_the_timesteps_in_float32(train, steady_prior, tmp_path):
 
 
 def test_bf16_keeps_the_weights_and_the_optimizer_in_float32(train, steady_prior):
-    run = train(**BF16, pretrained_prior_model_name_or_path=steady_prior, record=True)
-    assert run.returncode == 0, run
+    run = train(**BF16, pretrained_prior_model_name_or_path=steady_prior, record=True).ok()
     moments = load_optimizer_state(run.folder / "checkpoint-3")
     for saved in (run.prior(3), run.prior(3, "prior_ema"), moments):
         assert {value.dtype for value in saved.values()} == {torch.float32}
@@ -322,8 +249,7 @@ def test_bf16_keeps_the_weights_and_the_optimizer_in_float32(train, steady_prior
 
 def test_bf16_is_for_the_encoders_and_matrix_products_and_the_loss_is_float32(train, steady_prior):
     flags = {"pretrained_prior_model_name_or_path": steady_prior, "record": True}
-    run, exact = train(**BF16, **flags), train(**PRECISE, **flags)
-    assert run.returncode == exact.returncode == 0, (run, exact)
+    run, exact = train(**BF16, **flags).ok(), train(**PRECISE, **flags).ok()
     for encoder in run.record["frozen"].values():
         assert {dtype for dtype, _ in encoder.values() if dtype.is_floating_point} == {torch.bfloat16}
     losses, exact_losses = run.logged("train_loss"), exact.logged("train_loss")
@@ -364,9 +290,8 @@ def test_bf16_is_for_the_encoders_and_matrix_products_and_the_loss_is_float32(tr
 def test_the_precision_is_the_flags_or_else_accelerates(train, steady_prior, flag, configured, used):
     flags = PRECISE | {"pretrained_prior_model_name_or_path": steady_prior, "record": True}
     env = {"ACCELERATE_MIXED_PRECISION": configured} if configured else None
-    run = train(env=env, **flags | {"mixed_precision": flag})
-    plain = train(**flags | ({"mixed_precision": "bf16"} if used == "bf16" else {}))
-    assert run.returncode == plain.returncode == 0, (run, plain)
+    run = train(env=env, **flags | {"mixed_precision": flag}).ok()
+    plain = train(**flags | ({"mixed_precision": "bf16"} if used == "bf16" else {})).ok()
     dtype = torch.bfloat16 if used == "bf16" else torch.float32
     assert run.record["steps"][0]["prompt_embeds"].dtype == dtype
     assert same_weights(run.prior(3), plain.prior(3))
@@ -377,34 +302,30 @@ def test_the_precision_is_the_flags_or_else_accelerates(train, steady_prior, fla
 # ----------------------------------------------------------------------------------- gradient checkpointing
 
 
-def count_attention_calls(file):
-    """Saves how often the prior's attention blocks are called."""
-    block, calls = sys.modules[WuerstchenPrior.__module__].AttnBlock, itertools.count(1)
+def print_attention_calls():
+    """Prints a line for each call of an attention block of the prior."""
+    block = sys.modules[WuerstchenPrior.__module__].AttnBlock
     forward = block.forward
 
-    def forward_and_count(*args):
-        file.write_text(str(next(calls)))
+    def print_and_forward(*args):
+        print("attention block")
         return forward(*args)
 
-    block.forward = forward_and_count
+    block.forward = print_and_forward
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_bit_but_one_sum(
-    train, train_ranks, tmp_path, ranks
-):
+def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_bit_but_one_sum(train_ranks, ranks):
     """With dropout. The first bias has its gradient added up in another order, and later steps differ by that
     rounding, of which Adam's usual epsilon would make more."""
     flags = {"max_train_steps": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
     flags |= {"checkpointing_steps": 1, "adam_epsilon": 1e-3}
     runs = []
     for on in (False, True):
-        file, start = tmp_path / str(on), train if ranks == 1 else train_ranks
-        done = start(functools.partial(count_attention_calls, file), **flags, gradient_checkpointing=on)
-        runs.append(done if ranks == 1 else done[0])
-        assert int(file.read_text()) == 8 * 2 * (1 + on), "two blocks, in eight micro-steps"
+        run = train_ranks(print_attention_calls, ranks, **flags, gradient_checkpointing=on)[0]
+        assert run.output.count("attention block") == 8 * 2 * (1 + on), "two blocks, in eight micro-steps"
+        runs.append(run.ok())
     plain, checkpointing = runs
-    assert plain.returncode == checkpointing.returncode == 0, runs
     here, there = checkpointing.prior(1), plain.prior(1)
     assert {name for name in there if not torch.equal(here[name], there[name])} <= {"projection.bias"}
     assert checkpointing.logged("train_loss")[1] == plain.logged("train_loss")[1]
@@ -442,12 +363,9 @@ def test_what_is_not_finite_stops_the_run_before_it_reaches_the_weights(
     flags |= {"gradient_accumulation_steps": accumulation, "record": True}
     run = train(functools.partial(spoil_third_call, how), **flags)
     step = 3 if accumulation == 1 else 2
-    assert run.returncode == 1, run
-    assert f"stopped before step {step}: " in run.output and "last checkpoint" in run.output, run
-    assert "Traceback" not in run.output
+    assert f"stopped before step {step}: " in run.error() and "last checkpoint" in run.error()
     assert len(run.record["rates"]) == step - 1, "steps of the optimizer"
-    checkpoints = sorted(path.name for path in run.folder.glob("*checkpoint-*"))
-    assert checkpoints == [f"checkpoint-{number}" for number in range(1, step)]
+    assert run.checkpoints() == list(range(1, step))
     for weights in (run.prior(step - 1), run.prior(step - 1, "prior_ema")):
         assert all(value.isfinite().all() for value in weights.values())
     assert not (run.folder / "prior_pipeline").exists()
@@ -457,7 +375,7 @@ def test_what_is_not_finite_stops_the_run_before_it_reaches_the_weights(
     lines = (images / "metadata.jsonl").read_text().splitlines()
     tokens = [tokenizer(json.loads(line)["text"], truncation=True, max_length=77).input_ids for line in lines]
     rows = [tokens.index(i[m.bool()].tolist()) for i, m in zip(spoiled["ids"], spoiled["mask"], strict=True)]
-    reported = [int(row) for row in re.search(r"rows \[([\d, ]+)\]", run.output).group(1).split(",")]
+    reported = json.loads(re.search(r"rows (\[[\d, ]+\])", run.error()).group(1))
     assert len(reported) == 2 * accumulation and reported[:2] == rows
 
 
@@ -467,8 +385,7 @@ def test_what_is_not_finite_stops_the_run_before_it_reaches_the_weights(
 def test_one_seed_gives_the_same_bits_and_another_seed_others(train):
     """The seed of a run without --seed is chosen and logged."""
     flags = {"checkpointing_steps": 1, "use_ema": True, "record": True}
-    first, other = (train(**flags, seed=None, logging_dir=name) for name in ("logs", "./logs"))
-    assert first.returncode == other.returncode == 0, (first, other)
+    first, other = (train(**flags, seed=None, logging_dir=name).ok() for name in ("logs", "./logs"))
     seed, other_seed = (int(re.search(r"seed\W+(\d+)", run.output).group(1)) for run in (first, other))
     assert seed != other_seed
     again = train(**flags, seed=seed)
@@ -482,20 +399,8 @@ def test_one_seed_gives_the_same_bits_and_another_seed_others(train):
         assert not torch.equal(first.all(name), other.all(name))
 
 
-def test_ranks_have_different_rows_noise_and_timesteps_and_log_the_mean_loss(train_ranks):
-    first, second = runs = train_ranks(**RANKS, record=True)
-    assert first.returncode == second.returncode == 0, runs
-    timesteps = [*first.all("timesteps").tolist(), *second.all("timesteps").tolist()]
-    assert len(timesteps) == len(set(timesteps)) == 32
-    noise = torch.cat([first.all("noise"), second.all("noise")]).flatten(1)
-    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.75
-    pixels = torch.cat([run.all("pixels")[:4] for run in runs])
-    assert len({sample.numpy().tobytes() for sample in pixels}) == 8, "a step of 8 samples has 8 rows"
-
-    errors = [[((s["pred"] - s["noise"]) ** 2).mean().item() for s in run.record["steps"]] for run in runs]
-    means = np.array(errors).reshape(2, 4, 2).mean(axis=(0, 2))
-    assert list(first.logged("train_loss").values()) == pytest.approx(means.tolist(), rel=1e-5)
-    assert np.abs(np.array(errors[0]) - np.array(errors[1])).min() > 1e-4, "the ranks' losses differ"
+RANKS = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_samples": 10}
+RANKS |= {"max_train_steps": 4, "checkpointing_steps": 1, "use_ema": True, "learning_rate": 1e-3}
 
 
 def use_constant_inputs():
@@ -511,8 +416,7 @@ def use_constant_inputs():
 def test_ranks_have_different_dropout(train_ranks):
     flags = RANKS | {"max_train_steps": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
     runs = train_ranks(use_constant_inputs, **flags, record=True)
-    assert all(run.returncode == 0 for run in runs), runs
-    first, second = (run.record["steps"][0] for run in runs)
+    first, second = (run.ok().record["steps"][0] for run in runs)
     assert distance({"": first["pred"]}, {"": second["pred"]}) > 1e-3
 
 
@@ -520,4 +424,4 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both(train_ranks):
     runs = train_ranks(functools.partial(spoil_third_call, "nan loss", "1"), **RANKS)
     assert [run.returncode for run in runs] == [1, 1], runs
     assert all("stopped before step 2: " in run.output for run in runs), runs
-    assert sorted(path.name for path in runs[0].folder.glob("*checkpoint-*")) == ["checkpoint-1"]
+    assert runs[0].checkpoints() == [1]

@@ -14,7 +14,6 @@ of 128 pixels. All else is as small as possible: the tests' models know the firs
 vocabulary only, since reading all of it takes half a second, three times a run.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -80,18 +79,11 @@ def make_tokenizer(num_merges=NUM_MERGES):
 
 def make_text_encoder(tokenizer, width, *, seed=0):
     """A CLIP text tower of two layers whose output is (B, 77, width)."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": width, "projection_dim": width, "intermediate_size": 2 * width}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(tokenizer)}
+    sizes |= {"max_position_embeddings": tokenizer.model_max_length}
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = CLIPTextConfig(**sizes, **tokens)
     with seeded(seed):
         text_encoder = CLIPTextModel(config)
         # CLIP starts its embeddings so small that two random layers hardly tell captions apart.
@@ -123,9 +115,8 @@ def shake_norms(model):
 def make_prior(*, seed=0, **prior_kwargs):
     """A WuerstchenPrior of two blocks; `prior_kwargs` go to its constructor (`dropout=0.0`, `depth=3`, ...).
 
-    A fresh prior is far from a trained one: it divides by |1 - b|, which its random last layer brings near
-    zero. With that layer scaled down it begins as the guess that all of the input is noise. Scaled to zero it
-    would keep every other layer from having a gradient in the first step.
+    A new prior divides by |1 - b|, which its random last layer brings near zero. With that layer scaled down
+    it begins as the guess that all of the input is noise. With zeros no other layer would have a gradient.
     """
     config = dict(c_in=LATENT_CHANNELS, c=64, c_cond=PRIOR_TEXT_WIDTH, c_r=64, depth=2, nhead=4, dropout=0.1)
     with seeded(seed), torch.no_grad():
@@ -145,36 +136,28 @@ def read_images(folder, resolution):
 
 
 @torch.no_grad()
-def make_encoder(*, seed=0, images=IMAGES, resolution=64):
-    """An EfficientNetEncoder with random weights whose latents of `images` are as the prior expects them.
-
-    That is `(encoder(pixels) + 1) / 42` with mean 0 and deviation 1 in every channel, over all images and
-    places.
-    """
+def make_encoder(*, seed=0, resolution=64):
+    """An EfficientNetEncoder with random weights whose latents of IMAGES are as the prior expects them:
+    `(encoder(pixels) + 1) / 42` has mean 0 and deviation 1 in every channel."""
     with seeded(seed):
         encoder = EfficientNetEncoder(c_latent=LATENT_CHANNELS).eval()
     # Forty random layers in a row are chaotic: rounding the weights to bf16 moves the latents by as much as
-    # another picture does. With the residual branches turned down it moves them by a few percent.
+    # another image does. With the residual branches turned down it moves them by a few percent.
     for module in encoder.modules():
         if isinstance(module, (MBConv, FusedMBConv)) and module.use_res_connect:
             module.block[-1][1].weight.fill_(0.1)
-    pixels = read_images(images, resolution)
+    pixels = read_images(IMAGES, resolution)
 
-    # Untrained batch norms let the signal grow or die on its way. Those alone are in train mode: with the
-    # whole model in train mode stochastic depth would leave out layers, and the statistics would be those of
-    # another network.
-    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.train()
-        norm.momentum = None  # the plain average of all batches; there is one
+    # Untrained batch norms let the signal grow or die on its way. Those alone are in train mode: stochastic
+    # depth would leave out layers, and the statistics would be those of another network.
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+            module.momentum = None  # the plain average of all batches; there is one
     encoder(pixels)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.eval()
-        norm.momentum = momentum
+    encoder.eval()
 
-    # The last norm by what it is given in eval mode: train mode keeps the unbiased variance, and so is a
-    # little off.
+    # The last norm by what it is given in eval mode: train mode keeps the unbiased variance.
     conv, norm = encoder.mapper
     variance, mean = torch.var_mean(conv(encoder.backbone(pixels)), dim=(0, 2, 3), correction=0)
     norm.running_mean.copy_(mean)
@@ -185,60 +168,50 @@ def make_encoder(*, seed=0, images=IMAGES, resolution=64):
 
 
 def save_published_encoder(encoder, path):
-    """Write `encoder` as the authors' training file `model_v2_stage_b.pt` has it, beside weights of another
+    """Writes `encoder` as the authors' training file `model_v2_stage_b.pt` has it, beside weights of another
     model."""
     other = {"embedding.1.weight": torch.zeros(8, 16, 1, 1), "embedding.1.bias": torch.zeros(8)}
-    file = {
-        "state_dict": other,
-        "effnet_state_dict": encoder.state_dict(),
-        "ema_state_dict": other,
-        "iter": 1000,
-    }
-    torch.save(file, path)
+    others = {"state_dict": other, "ema_state_dict": other, "iter": 1000}
+    torch.save(others | {"effnet_state_dict": encoder.state_dict()}, path)
 
 
-def reset_decoder(decoder, latents_scale):
-    """Initializes a WuerstchenDiffNeXt as PyTorch does. Its own initialization halves the last layer of every
-    residual block once for each module of the model, which leaves zeros: nothing would depend on the latents.
-    They are divided by `latents_scale` where they enter."""
+def new_decoder(latents_scale, **config):
+    """A WuerstchenDiffNeXt with patches of 2 and four levels, as in the published decoder, initialized as
+    PyTorch does. Its own initialization halves the last layer of every residual block once for each module of
+    the model, which leaves zeros: nothing would depend on the latents. They are divided by `latents_scale`
+    where they enter. Its last layer makes a, then the logit of b, and it guesses the noise as (x - a) / b."""
+    config |= {"c_in": 4, "c_out": 4, "c_r": 16, "patch_size": 2, "nhead": [-1, 2, 2, 2]}
+    config |= {"effnet_embd": LATENT_CHANNELS, "clip_embd": DECODER_TEXT_WIDTH}
+    decoder = wuerstchen.WuerstchenDiffNeXt(**config)
     for name, module in decoder.named_modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             module.reset_parameters()
         if name.startswith("effnet_mappers."):
             module.weight.div_(latents_scale)
+    return decoder
 
 
 def make_decoder(*, seed=0):
-    """(WuerstchenDiffNeXt, PaellaVQModel) that make a picture which depends on the latents, the prompt and
-    the noise.
+    """(WuerstchenDiffNeXt, PaellaVQModel) whose image depends on the latents, the prompt and the noise.
 
-    Patches of 2 and four levels, as in the published decoder: its own latents' side must be a multiple of 16.
-    Prior latents of side 3 (10.67 times that is 32) make 128 pixels; sides of 2 (21) and 4 (42) it cannot
-    draw.
+    The decoder's own latents' side must be a multiple of 16. Prior latents of side 3 (10.67 times that is 32)
+    make 128 pixels; sides of 2 (21) and 4 (42) are not possible.
     """
     with seeded(seed), torch.no_grad():
-        decoder = wuerstchen.WuerstchenDiffNeXt(
-            c_in=4,
-            c_out=4,
-            c_r=16,
-            patch_size=2,
+        decoder = new_decoder(
+            4,  # latents are some 42 large
             c_cond=DECODER_TEXT_WIDTH,
             c_hidden=[8, 8, 16, 16],
-            nhead=[-1, 2, 2, 2],
             blocks=[1, 1, 1, 1],
             level_config=["CT", "CTA", "CTA", "CTA"],
             inject_effnet=[False, True, True, True],
-            effnet_embd=LATENT_CHANNELS,
-            clip_embd=DECODER_TEXT_WIDTH,
         )
-        reset_decoder(decoder, 4)  # latents are some 42 large
         for name, module in decoder.named_modules():
             if name.endswith(".to_out.0"):
                 module.weight.mul_(4)  # the prompt shows in 8 bits
         shake_norms(decoder)
-        # The model guesses the noise as (x - a) / b. The last layer makes a first, then the logit of b. With
-        # b so near 1 and a small the guess is nearly x, which the sampler stands, and what is left over
-        # depends on conditions.
+        # With b near 1 and a small the guess is nearly x, which the sampler tolerates, and the rest depends
+        # on conditions.
         last = decoder.clf[1]
         half = last.out_channels // 2
         nn.init.normal_(last.weight[:half], std=0.02)
@@ -247,35 +220,27 @@ def make_decoder(*, seed=0):
         nn.init.constant_(last.bias[half:], 8.0)
 
         vqgan = wuerstchen.PaellaVQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)
-        # Pictures are cut off at 0 and 1: a deviation of some 0.2 about mid-grey keeps nearly all of them
-        # inside.
-        colours = vqgan.out_block[0]
-        colours.bias.fill_(0.5)
+        # Pixels are clipped to [0, 1]: with a deviation of some 0.2 about 0.5, few are.
+        last = vqgan.out_block[0]
+        last.bias.fill_(0.5)
         noise = vqgan.config.scale_factor * torch.randn(1, 4, 64, 64)
-        colours.weight.mul_(0.2 / vqgan.decode(noise).sample.std())
+        last.weight.mul_(0.2 / vqgan.decode(noise).sample.std())
     return decoder.eval(), vqgan.eval()
 
 
 def make_demo_decoder():
     """(WuerstchenDiffNeXt, PaellaVQModel) for the README's first command, untrained. Prompts have no effect:
     the first is zero in `clip_mapper`, which train_demo_decoder.py does not train."""
-    decoder = wuerstchen.WuerstchenDiffNeXt(
-        c_in=4,
-        c_out=4,
-        c_r=16,
-        patch_size=2,
-        c_cond=32,
-        c_hidden=[48, 64, 96, 96],
-        nhead=[-1, 2, 2, 2],
-        blocks=[1, 2, 2, 1],
-        level_config=["CT", "CT", "CTA", "CTA"],
-        inject_effnet=[True, True, True, True],
-        effnet_embd=LATENT_CHANNELS,
-        clip_embd=DECODER_TEXT_WIDTH,
-        dropout=0.0,
-    )
     with torch.no_grad():
-        reset_decoder(decoder, LATENT_MEAN)
+        decoder = new_decoder(
+            LATENT_MEAN,
+            c_cond=32,
+            c_hidden=[48, 64, 96, 96],
+            blocks=[1, 2, 2, 1],
+            level_config=["CT", "CT", "CTA", "CTA"],
+            inject_effnet=[True, True, True, True],
+            dropout=0.0,
+        )
         decoder.clip_mapper.weight.zero_()
         last = decoder.clf[1]
         last.weight.mul_(0.02)
@@ -299,7 +264,6 @@ def make_tiny_models(
     folder,
     *,
     seed=0,
-    images=IMAGES,
     resolution=64,
     text_encoder=None,
     decoder_and_vqgan=None,
@@ -308,17 +272,11 @@ def make_tiny_models(
 ):
     """Writes `prior`, `decoder` and `encoder` into `folder` and returns their three paths.
 
-    Args:
-        folder: where to; made if missing.
-        seed: of all random weights; the same seed makes the same files.
-        images, resolution: what the encoder is calibrated on, the side in pixels.
-        text_encoder, decoder_and_vqgan: in place of the random ones.
-        num_merges: of the tokenizers.
-        prior_kwargs: see `make_prior`.
+    The same `seed` makes the same files. The encoder is calibrated at `resolution`, `num_merges` is of the
+    tokenizers, and `prior_kwargs` are those of `make_prior`.
     """
-    prior_folder, decoder_folder, encoder_folder = (
-        Path(folder) / name for name in ("prior", "decoder", "encoder")
-    )
+    paths = [Path(folder) / name for name in ("prior", "decoder", "encoder")]
+    prior_folder, decoder_folder, encoder_folder = paths
     tokenizer = make_tokenizer(num_merges)
 
     wuerstchen.WuerstchenPriorPipeline(
@@ -342,8 +300,8 @@ def make_tiny_models(
     shutil.rmtree(decoder_folder / "tokenizer")
     copy_tokenizer(decoder_folder / "tokenizer", num_merges)
 
-    make_encoder(seed=seed + 4, images=images, resolution=resolution).save_pretrained(encoder_folder)
-    return prior_folder, decoder_folder, encoder_folder
+    make_encoder(seed=seed + 4, resolution=resolution).save_pretrained(encoder_folder)
+    return paths
 
 
 def make_demo_models(folder):
@@ -359,9 +317,5 @@ def make_demo_models(folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("folder", type=Path, help="where to write prior, decoder and encoder")
-    for path in make_demo_models(parser.parse_args().folder):
+    for path in make_demo_models(Path(sys.argv[1])):
         print(f"{path.name}: {path}")

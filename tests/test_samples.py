@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGES, assert_continues_as, resumed
+from conftest import IMAGES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -74,10 +74,8 @@ def train_shapes(train, shapes):
     return lambda patch=None, **flags: train(patch, train_data_dir=shapes, **RUN | flags)
 
 
-def make_rank(process_index=0, num_processes=1):
-    return SimpleNamespace(
-        process_index=process_index, num_processes=num_processes, is_main_process=process_index == 0
-    )
+def make_rank(rank=0, num_processes=1):
+    return SimpleNamespace(process_index=rank, num_processes=num_processes, is_main_process=rank == 0)
 
 
 def load_sizes(folder, batch_size=1, train_rows=None):
@@ -330,23 +328,6 @@ def test_a_run_trains_and_validates_on_all_sizes(train_shapes, shapes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stop", "flags"), [(1, {"random_crop": True}), (4, {})])
-def test_a_resumed_run_with_buckets_has_the_same_bits(train_shapes, tmp_path, stop, flags):
-    run = train_shapes(**flags)
-    assert run.returncode == 0, run
-    again = resumed(train_shapes, run, stop, tmp_path, **flags)
-    assert_continues_as(again, run, stop, 7)
-
-
-@pytest.mark.slow
-def test_cached_latents_of_all_sizes_give_the_same_losses(train_shapes, tmp_path):
-    run, cached = train_shapes(), train_shapes(cache_latents=True, cache_dir=tmp_path)
-    assert run.returncode == cached.returncode == 0, (run, cached)
-    for name in ("train_loss", "val_loss"):
-        assert cached.losses(name) == pytest.approx(run.losses(name), rel=1e-5)
-
-
-@pytest.mark.slow
 def test_held_out_loss_is_that_of_each_row_by_itself(train_shapes):
     """With batches of one: the same rows, noise and timesteps."""
     run = train_shapes(max_train_steps=1, gradient_accumulation_steps=1)
@@ -382,9 +363,7 @@ def test_the_only_image_of_its_shape_may_be_unreadable(train, tmp_path):
     assert run.all("pixels").shape == (16, 3, 128, 128)
     stopped = train(**flags)
     assert stopped.returncode == 1 and "Traceback" not in stopped.output, stopped
-    assert re.search(
-        r"row [67]: the image \(.*0[67]\.png\) cannot be read: .*--skip_bad_rows$", stopped.output
-    )
+    assert re.search(r"row [67]: the image \(.*0[67]\.png\) cannot be .*--skip_bad_rows$", stopped.output)
 
 
 @pytest.mark.slow
@@ -400,8 +379,8 @@ def test_unreadable_rows_are_replaced_by_others_of_their_size(train, shapes, tmp
         assert run.returncode == 0, run
         skipped = re.findall(r"Skipped row \d+: the image \(\S*/(\d+)\.png", run.output)
         assert sorted(skipped) == ["13", "20"]
-    plain, cached = (run.logged("train_loss") for run in runs)
-    assert plain == pytest.approx(cached, rel=1e-4)
+    for name in ("train_loss", "val_loss"):
+        assert runs[1].losses(name) == pytest.approx(runs[0].losses(name), rel=1e-5)
 
 
 def test_a_row_of_a_rare_shape_is_trained_on_in_each_epoch(train, tmp_path):

@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 from conftest import same_weights, script
+from tiny_models import save_published_encoder
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from modeling_efficient_net_encoder import EfficientNetEncoder
@@ -227,11 +228,41 @@ def test_settings_that_are_rarely_meant_are_reported(train):
 # ------------------------------------------------------------------------------------------ models and output
 
 
-@pytest.mark.parametrize(
-    ("model", "other"), [("prior_model", "decoder"), ("decoder_model", "prior"), ("image_encoder", "decoder")]
-)
-def test_a_model_that_cannot_be_loaded_is_refused_before_training(model, other, refused, train, models):
-    flag = f"pretrained_{model}_name_or_path"
+FLAGS = {"prior": "prior_model", "decoder": "decoder_model", "encoder": "image_encoder"}
+BROKEN = {  # files of models; test_models.py has pointers in place of weights
+    "prior/text_encoder/model.safetensors": ["truncated"],
+    "prior/tokenizer/tokenizer.json": ["truncated"],
+    "prior/prior/diffusion_pytorch_model.safetensors": ["truncated"],
+    "decoder/decoder/diffusion_pytorch_model.safetensors": ["truncated"],
+    "decoder/vqgan/config.json": ["truncated", "pointer"],
+    "decoder/text_encoder/model.safetensors": ["truncated"],
+    "decoder/model_index.json": ["truncated", "pointer"],
+    "encoder/diffusion_pytorch_model.safetensors": ["truncated"],
+    "encoder/model_v2_stage_b.pt": ["truncated", "pointer"],
+}
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
+
+
+@pytest.mark.parametrize(("path", "kind"), [(path, kind) for path in BROKEN for kind in BROKEN[path]])
+def test_a_model_with_a_broken_file_is_refused(train, models, tmp_path, path, kind):
+    """Also the decoder of a run without prompts: its result needs it."""
+    name, file = path.split("/")[0], tmp_path / path
+    shutil.copytree(models / name, tmp_path / name)
+    if file.suffix == ".pt":
+        save_published_encoder(EfficientNetEncoder.from_pretrained(models / "encoder"), file)
+    content = file.read_bytes()
+    file.write_bytes(POINTER.encode() if kind == "pointer" else content[: len(content) // 2])
+    flag, value = f"pretrained_{FLAGS[name]}_name_or_path", file if file.suffix == ".pt" else tmp_path / name
+    run = train(**{flag: value})
+    assert run.returncode == 1 and "Traceback" not in run.output, run
+    reason = f"{file} is a Git LFS pointer" if kind == "pointer" else ""
+    assert run.output.splitlines()[-1].startswith(f"--{flag}={value}: {reason}"), run
+    assert not (run.folder / "loss.jsonl").exists() and not (run.folder / "logs").exists()
+
+
+@pytest.mark.parametrize(("name", "other"), zip(FLAGS, ["decoder", "prior", "decoder"], strict=True))
+def test_another_model_or_none_is_refused(refused, train, models, name, other):
+    flag = f"pretrained_{FLAGS[name]}_name_or_path"
     refused(f"^--{flag}=.*{other}: ", **{flag: models / other})
     refused(f"^--{flag}=/nowhere: .*nowhere", **{flag: "/nowhere"})
     run = train(**{flag: "nobody/nothing"})  # a library may warn, as well

@@ -441,42 +441,6 @@ def test_torch_dynamo_leaves_no_local_path_in_the_result(train, models):
     assert [path for path in files if str(models) in path.read_text()] == []
 
 
-# ------------------------------------------------------------------------------ models that cannot be loaded
-
-
-POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
-BROKEN = {  # files by the flag whose model they belong to; of weights test_models.py has pointers
-    "prior_model prior/text_encoder/model.safetensors": ["truncated"],
-    "prior_model prior/tokenizer/tokenizer.json": ["truncated"],
-    "prior_model prior/prior/diffusion_pytorch_model.safetensors": ["truncated"],
-    "decoder_model decoder/decoder/diffusion_pytorch_model.safetensors": ["truncated"],
-    "decoder_model decoder/vqgan/config.json": ["truncated", "pointer"],
-    "decoder_model decoder/text_encoder/model.safetensors": ["truncated"],
-    "decoder_model decoder/model_index.json": ["truncated", "pointer"],
-    "image_encoder encoder/diffusion_pytorch_model.safetensors": ["truncated"],
-    "image_encoder model_v2_stage_b.pt": ["truncated", "pointer"],
-}
-
-
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in BROKEN for kind in BROKEN[name]])
-def test_a_model_that_cannot_be_loaded_ends_the_run_before_training(train, models, tmp_path, name, kind):
-    """Also the decoder of a run without prompts: its result needs it."""
-    flag, path = name.split()
-    file, model = tmp_path / path, tmp_path / path.split("/")[0]
-    if file == model:
-        save_published_encoder(EfficientNetEncoder.from_pretrained(models / "encoder"), file)
-    else:
-        shutil.copytree(models / model.name, model)
-    content = file.read_bytes()
-    file.write_bytes(POINTER.encode() if kind == "pointer" else content[: len(content) // 2])
-    run = train(**{f"pretrained_{flag}_name_or_path": model})
-    assert run.returncode == 1 and "Traceback" not in run.output, run
-    message = run.output.splitlines()[-1]
-    assert message.startswith(f"--pretrained_{flag}_name_or_path={model}: ")
-    assert kind == "truncated" or f"{file} is a Git LFS pointer" in message
-    assert not (run.folder / "loss.jsonl").exists() and not (run.folder / "logs").exists()
-
-
 # -------------------------------------------------------------------------------------- versions of diffusers
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import tracemalloc
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -284,23 +285,29 @@ def test_each_held_out_row_is_in_one_batch_of_its_size(batch_size, counts):
     assert sorted(itertools.chain(*batches)) == list(enumerate(held_out))
 
 
-def test_starting_at_a_late_step_decodes_no_earlier_image(monkeypatch):
-    sizes, opened = np.full((64, 2), 32), []
-    dataset = datasets.Dataset.from_dict({"image": list(range(64))})
-    args = script.parse_args([f"--train_data_dir={IMAGES}", "--seed=0", "--train_batch_size=4"])
+def test_starting_at_a_late_step_needs_no_memory_and_decodes_no_earlier_image():
+    count, first_step, opened = 3000, 30_000, []  # after ten epochs
+    sizes, rows = np.full((count, 2), 32), np.arange(count)
+    dataset = datasets.Dataset.from_dict({"image": list(range(count))})
+    args = script.parse_args([f"--train_data_dir={IMAGES}", "--seed=0"])
 
     def preprocess(row, size, train):
         opened.append(row["image"])
         return {"value": torch.tensor(row["image"])}
 
-    order = [row for (batch,) in read_steps(sizes, 0, 1001, 4, buckets=False) for _, row in batch]
-    batches = script.order_batches(np.arange(64), sizes, args, make_rank(), first_step=1000)
-    load = script.load_batches(
-        args, torch.device("cpu"), [], dataset, sizes, preprocess, np.arange(64), batches, True
-    )
+    tracemalloc.start()
+    try:
+        batches = script.order_batches(rows, sizes, args, make_rank(), first_step)
+        first = next(batches)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20, "a list of 30,000 samples takes 3 MB"
+    finally:
+        tracemalloc.stop()
+    batches = itertools.chain([first], batches)
+    load = script.load_batches(args, torch.device("cpu"), [], dataset, sizes, preprocess, rows, batches, True)
     batch = next(load)
-    assert batch["row"] == batch["value"].tolist() == opened == order[4000:]
-    assert batch["position"] == list(range(4000, 4004))
+    ((_, row),) = read_steps(sizes, 0, first_step + 1, buckets=False)[-1][0]
+    assert batch["row"] == batch["value"].tolist() == opened == [row]
+    assert batch["position"] == [first_step]
 
 
 # ------------------------------------------------------------------------------------------------------ runs

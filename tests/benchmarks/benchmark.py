@@ -98,13 +98,7 @@ TRAINING = {BASE: (measures.time_reference, {}), "reference-bf16-16": (measures.
 TRAINING |= {name: (measures.time_script, flags) for name, flags in SCRIPT_ROWS.items()}
 COMPILED = {f"{name}-compile": flags | {"compile": True} for name, flags in SCRIPT_ROWS.items()}
 TRAINING |= {name: (measures.time_script, flags) for name, flags in COMPILED.items()}
-OTHER = {
-    "encoding": (measures.time_encoding, {"train_batch_size": script.CACHE_BATCH_SIZE}),
-    "checkpointing": (
-        measures.time_checkpointing,
-        BF16 | {"train_batch_size": 4, "gradient_checkpointing": True},
-    ),
-}
+OTHER = {"encoding": (measures.time_encoding, {"train_batch_size": script.CACHE_BATCH_SIZE})}
 ROWS = TRAINING | OTHER
 
 

@@ -124,33 +124,6 @@ def time_reference(size, argv: list[str], started: float) -> dict:
     return speeds(args, ends, num_timed) | {"loss": value, "skipped_steps": skipped}
 
 
-def time_checkpointing(size, argv: list[str], started: float) -> dict:
-    """ms of a micro-step, forward and backward, and its peak memory: without --gradient_checkpointing, with
-    it under autocast's default settings, and as the script has both."""
-    run, found = set_up(argv), {}
-    prior, cuda = run.prior.train(), run.accelerator.device.type == "cuda"
-    latents, prompt_embeds = encode(run)
-    timesteps = torch.rand(len(latents), device=latents.device)
-    default_autocast = accelerate.utils.AutocastKwargs()
-
-    def micro_step(autocast_handler):
-        with run.accelerator.autocast(autocast_handler):
-            pred_noise = prior(latents.float(), timesteps, prompt_embeds)
-        pred_noise.float().square().mean().backward()
-
-    for name, autocast_handler in (("none", None), ("default autocast", default_autocast), ("ours", None)):
-        prior.disable_gradient_checkpointing() if name == "none" else prior.enable_gradient_checkpointing()
-        for _ in range(3):
-            micro_step(autocast_handler)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        times = [seconds(micro_step, autocast_handler) for _ in range(12)]
-        found[f"{name}, ms"] = statistics.median(times) * 1000
-        if cuda:
-            found[f"{name}, peak of allocated GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    return found
-
-
 # ------------------------------------------------------------------------------------------ encoding, reading
 def set_up(argv: list[str]) -> SimpleNamespace:
     """What `main` has before it trains, and the first batch of the data, on the device."""

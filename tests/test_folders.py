@@ -260,6 +260,7 @@ def test_captions_in_csv_are_text_as_written(tmp_path):
     assert load(tmp_path) == expected(*range(len(names)), captions=[[text] for text in captions])
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4646\n"
 UNUSABLE = {  # a row of metadata or the content of a .txt file, and the cause that is named
     "half an emoji": ({"text": "thumbs up \ud83d"}, "the caption is None"),
     "half an emoji of several": ({"text": ["a cat", "thumbs up \ud83d"]}, "the caption is None"),
@@ -269,6 +270,7 @@ UNUSABLE = {  # a row of metadata or the content of a .txt file, and the cause t
     "sibling": ({"file_name": "../set-2.jpg", "text": "a cat"}, "outside the data set's folder"),
     "missing image": ({"file_name": "nowhere.jpg", "text": "a cat"}, "No such file"),
     "empty image": ({"file_name": "empty.jpg", "text": "a cat"}, "the image is missing or empty"),
+    "Git LFS pointer": ({"file_name": "pointer.jpg", "text": "a cat"}, "it is a Git LFS pointer"),
     "a number": ({"text": 5}, "the caption is None"),
     "null": ({"text": None}, "the caption is None"),
     "no caption": ({}, "the caption is None"),
@@ -283,6 +285,7 @@ UNUSABLE = {  # a row of metadata or the content of a .txt file, and the cause t
 def test_a_row_that_cannot_be_used_is_named_and_can_be_skipped(case, tmp_path, caplog):
     (row, cause), folder = UNUSABLE[case], tmp_path / "set"
     write(folder, BOTH | {"2.jpg": 2, "empty.jpg": b"", "../secret.jpg": 3, "../set-2.jpg": 4})
+    write(folder, {"pointer.jpg": POINTER})
     rows = [{"file_name": "2.jpg"} | row] if isinstance(row, dict) else []
     write(folder, {"2.txt": row} if not rows else {"metadata.jsonl": BOTH["metadata.jsonl"] + rows})
     message = rf"1 of 3 rows cannot be used, the first: row 2 \(.*jpg\): .*{cause}"
@@ -337,7 +340,6 @@ def test_of_data_files_only_those_of_the_split_train_are_used(kind, train, tmp_p
 
 # --------------------------------------------------------------------------------------------------- errors
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4646\n"
 ROW, HEAD = '{"file_name": "0.jpg", "text": "a"}\n', "file_name,text\n"
 JSON, CSV = "metadata.jsonl", "metadata.csv"
 REFUSED = [  # a file beside 0.jpg, and what is said of it

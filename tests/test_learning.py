@@ -49,7 +49,6 @@ def has_learned(found):
 )
 def test_captioned_images_are_memorized(learn, flags, can_be_guided):
     plain, guided = learn(1.0, 4.0, **flags)
-    print(plain, guided)
     assert has_learned(plain), plain
     assert guided["error"] < 1 if can_be_guided else guided["error"] > 2, guided
 
@@ -78,7 +77,6 @@ def test_content_outside_the_central_square_is_learned_with_buckets(untrained, i
         panoramas = [Image.open(folder / row["file_name"]) for row in rows[shape::2]]
         latents = encode_images(panoramas, size, script.parse_args(argv))
         found = recall(load_pipeline(run.folder), [row["text"] for row in rows[shape::2]], latents)
-        print(found)
         assert has_learned(found), found
 
 
@@ -110,5 +108,4 @@ def test_images_are_not_learned_with_one_part_wrong(learn, tmp_path, fault):
     since training and generation then follow almost the same rules: leaving out the + 1, s = 0.08 in the
     schedule, alpha in place of its root, bf16 timesteps."""
     (found,) = learn(1.0, fault=fault, train_batch_size=16, cache_dir=tmp_path / "cache")
-    print(found)
     assert not has_learned(found), found

@@ -60,12 +60,12 @@ def test_content_outside_the_central_square_is_learned_with_buckets(untrained, i
     for index, line in enumerate((images / "metadata.jsonl").read_text().splitlines()[:NUM_IMAGES]):
         row = json.loads(line)
         with Image.open(images / row["file_name"]) as image:
-            emoji = image.convert("RGB").resize((30, 64))
+            emoji = image.convert("RGB").resize((32, 64))
         panorama = Image.new("RGB", (128, 64), "white")
         panorama.paste(emoji, (0, 0))
         panorama = panorama if index % 2 else panorama.transpose(Image.Transpose.ROTATE_90)
         panorama.save(folder / f"{index}.png")
-        square = script.make_image_transforms((96, 96))(panorama)
+        square = script.make_image_transforms((64, 64))(panorama)
         assert (square == 255).all(), "without buckets there is nothing to learn"
         rows.append({"file_name": f"{index}.png", "text": row["text"]})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -77,6 +77,7 @@ def test_content_outside_the_central_square_is_learned_with_buckets(untrained, i
         panoramas = [Image.open(folder / row["file_name"]) for row in rows[shape::2]]
         latents = encode_images(panoramas, size, script.parse_args(argv))
         found = recall(load_pipeline(run.folder), [row["text"] for row in rows[shape::2]], latents)
+        print(found)
         assert has_learned(found), found
 
 
@@ -92,17 +93,19 @@ def other_captions():
     script.load_train_dataset = rolled
 
 
-def reversed_timesteps():
-    """The noise is that of t, and the prior receives 1 - t."""
-    forward = script.wuerstchen.WuerstchenPrior.forward
+def swapped_schedule():
+    """Where all should be noise there is none, and the other way round."""
+    add_noise = script.DDPMWuerstchenScheduler.add_noise
 
-    def reversed_forward(self, x, r, c):
-        return forward(self, x, 1 - r, c)
+    def swapped(self, samples, noise, timesteps):
+        if samples.dim() == 4:
+            samples, noise = noise, samples
+        return add_noise(self, samples, noise, timesteps)
 
-    script.wuerstchen.WuerstchenPrior.forward = reversed_forward
+    script.DDPMWuerstchenScheduler.add_noise = swapped
 
 
-@pytest.mark.parametrize("fault", [other_captions, reversed_timesteps])
+@pytest.mark.parametrize("fault", [other_captions, swapped_schedule])
 def test_images_are_not_learned_with_one_part_wrong(learn, tmp_path, fault):
     """Other parts are compared with formulas, in test_diffusion.py. Faults that were tried and are not seen,
     since training and generation then follow almost the same rules: leaving out the + 1, s = 0.08 in the

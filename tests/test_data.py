@@ -10,7 +10,6 @@ import random
 import re
 import struct
 import sys
-import tracemalloc
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,11 +145,9 @@ def test_odd_images_become_8_bit_rgb_on_white(content, expected, tolerance):
 
 
 PHOTO = (IMAGES / ROWS[0]["file_name"]).read_bytes()
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4646\n"
 REFUSED = {
     "cut": (PHOTO[: len(PHOTO) // 2], "truncated"),
     "no image": (b"no image" * 99, "cannot identify"),
-    "Git LFS pointer": (POINTER, "Git LFS pointer"),
     "PostScript": (encode_image(Image.new("RGB", (8, 8)), "EPS")["bytes"], "cannot identify"),
     "144 million pixels": (encode_image(Image.new("1", (12_000, 12_000)))["bytes"], "12000 x 12000 pixels"),
 }
@@ -252,37 +249,12 @@ def test_very_long_images_keep_their_center(size):
 # -------------------------------------------------------------------------------------------------- samples
 
 
-def return_row(row, size):
-    """The cheapest `preprocess`: the row itself and a number of each default generator."""
-    return {"value": row, "random": (random.random(), torch.rand(()).item(), np.random.rand())}
-
-
 def read_samples(dataset, args, count, preprocess, first=0):
     """The samples at these positions."""
     rows, sizes = np.arange(len(dataset)), np.full((len(dataset), 2), args.resolution)
     samples = script.SampleDataset(dataset, sizes, rows, preprocess, args)
     positions = itertools.islice(enumerate(script.order_rows(rows, sizes, args)), first, first + count)
     return [samples[position] for position in positions]
-
-
-def test_a_sample_is_a_function_of_seed_and_position():
-    first, other = (read_samples(range(16), parse_args(seed=seed), 48, return_row) for seed in (5, 6))
-    for position in random.Random(0).sample(range(48), 48):
-        assert read_samples(range(16), parse_args(seed=5), 1, return_row, position) == [first[position]]
-    for generator in range(3):
-        assert len({sample["random"][generator] for sample in first + other}) == 96
-
-
-def test_resuming_late_needs_no_memory():
-    place, sizes = SimpleNamespace(num_processes=1, process_index=0), np.full((3000, 2), 32)
-    tracemalloc.start()
-    try:
-        batches = script.order_batches(np.arange(3000), sizes, parse_args(), place, 30_000)  # ten epochs
-        assert next(batches)[0][0] == 30_000
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 1 << 20, "a list of 30,000 samples takes 3 MB"
 
 
 def read_batches(dataset, args, tokenizer, first_step, last_step, preprocess=script.preprocess_train):
@@ -296,6 +268,9 @@ def read_batches(dataset, args, tokenizer, first_step, last_step, preprocess=scr
     return list(load(rows, batches, train=True))
 
 
+VARIED = {"caption_column": "captions", "caption_dropout": 0.3, "train_batch_size": 4}
+
+
 def assert_same_batches(batches, others):
     for batch, other in zip(batches, others, strict=True):
         assert batch.keys() == other.keys()
@@ -304,14 +279,12 @@ def assert_same_batches(batches, others):
             assert torch.equal(batch[name], other[name]), name
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_return_the_same_batches_as_one_process(method, tokenizer, monkeypatch):
-    flags = {"caption_column": "captions", "caption_dropout": 0.3, "train_batch_size": 4}
-    args, args_workers = parse_args(**flags), parse_args(**flags, dataloader_num_workers=2)
+@pytest.mark.slow
+def test_spawned_workers_return_the_same_batches_as_one_process(tokenizer, monkeypatch):
+    args, args_workers = parse_args(**VARIED), parse_args(**VARIED, dataloader_num_workers=2)
     rows = script.load_train_dataset(args)
     batches = read_batches(rows, args, tokenizer, 14, 20)  # over the end of an epoch
-    assert len(batches) == 6
-    monkeypatch.setattr(script, "DataLoader", functools.partial(DataLoader, multiprocessing_context=method))
+    monkeypatch.setattr(script, "DataLoader", functools.partial(DataLoader, multiprocessing_context="spawn"))
     assert_same_batches(read_batches(rows, args_workers, tokenizer, 14, 20), batches)
 
 
@@ -352,7 +325,7 @@ def test_augmentations_follow_from_seed_and_position_with_any_number_of_workers(
     noise_augmentation, tokenizer
 ):
     flags = ({}, {"dataloader_num_workers": 2}, {"seed": 1})
-    args, args_workers, other_args = (parse_args(train_batch_size=4, **more) for more in flags)
+    args, args_workers, other_args = (parse_args(**VARIED | more) for more in flags)
     rows = script.load_train_dataset(args)
     batches = read_batches(rows, args, tokenizer, 0, 32)  # two epochs
     assert len(batches) == 32
@@ -423,34 +396,27 @@ def test_random_crops_are_uniform_over_the_whole_resized_image(axis, tokenizer):
 # ------------------------------------------------------------------------------------------------- captions
 
 
-def sample_ids(seed, count, tokenizer, captions, **flags):
-    """The token ids, as tuples, of the first samples of a data set of one row."""
-    args = parse_args(seed=seed, **flags)
-    preprocess = functools.partial(script.preprocess_train, train=True, args=args, tokenizer=tokenizer)
-    samples = read_samples([{"image": PIXEL, "text": captions}], args, count, preprocess)
-    return [tuple(sample["text_input_ids"].tolist()) for sample in samples]
-
-
 def pad_ids(text, tokenizer):
     return tuple(tokenizer(text, padding="max_length", max_length=77).input_ids)
 
 
-def test_a_rows_captions_are_sampled_uniformly_by_seed_and_position(tokenizer):
-    captions = ["a cat", "a dog", "a bird"]
-    first, again, other = (sample_ids(seed, 300, tokenizer, captions) for seed in (1, 1, 2))
+def test_a_rows_captions_are_sampled_uniformly_and_their_fraction_is_dropped(tokenizer):
+    """By seed and position. By default none is dropped."""
+    captions, count = ["a cat", "a dog", "a bird"], 1000
+    ids_of = {text: pad_ids(text, tokenizer) for text in captions} | {"": (START, *[END] * 76)}
+
+    def sample(seed, **flags):
+        args = parse_args(seed=seed, **flags)
+        preprocess = functools.partial(script.preprocess_train, train=True, args=args, tokenizer=tokenizer)
+        samples = read_samples([{"image": PIXEL, "text": captions}], args, count, preprocess)
+        return [tuple(sample["text_input_ids"].tolist()) for sample in samples]
+
+    assert set(sample(0)) == {ids_of[text] for text in captions}
+    first, again, other = (sample(seed, caption_dropout=0.1) for seed in (1, 1, 2))
     assert first == again != other
-    assert set(first) == {pad_ids(text, tokenizer) for text in captions}
-    deviation = (300 * (1 / 3) * (2 / 3)) ** 0.5
-    assert all(abs(first.count(ids) - 100) < 4 * deviation for ids in set(first))
-
-
-def test_caption_dropout_drops_its_fraction_and_by_default_none(tokenizer):
-    count, fraction, empty, ids = 1000, 0.1, (START, *[END] * 76), pad_ids("a cat", tokenizer)
-    assert set(sample_ids(0, 200, tokenizer, "a cat")) == {ids}
-    sampled = sample_ids(0, count, tokenizer, "a cat", caption_dropout=fraction)
-    assert set(sampled) == {empty, ids}
-    deviation = (count * fraction * (1 - fraction)) ** 0.5
-    assert abs(sampled.count(empty) - fraction * count) < 4 * deviation
+    for text, share in {"": 0.1, "a cat": 0.3, "a dog": 0.3, "a bird": 0.3}.items():
+        deviation = (count * share * (1 - share)) ** 0.5
+        assert abs(first.count(ids_of[text]) - share * count) < 4 * deviation, text
 
 
 def test_both_tokenizer_formats_give_clips_ids(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SCRIPT, run_command, same_weights
 from hub_server import HubServer
+from tiny_models import save_published_encoder
 from torchvision import models as torchvision_models
 
 from modeling_efficient_net_encoder import EfficientNetEncoder
@@ -27,12 +28,6 @@ def no_network(monkeypatch):
 @pytest.fixture(scope="module")
 def encoder(models):
     return EfficientNetEncoder.from_pretrained(models / "encoder").eval()
-
-
-def save_training_file(encoder, path, **more):
-    """A file as the original training wrote it: other models' weights beside the encoder's."""
-    torch.save({"state_dict": {"w": torch.zeros(8)}, "effnet_state_dict": encoder.state_dict(), **more}, path)
-    return path
 
 
 @torch.no_grad()
@@ -68,8 +63,9 @@ def test_new_encoder_has_random_weights_and_downloads_none():
 def test_training_file_its_folder_and_a_saved_folder_load_the_same_encoder(encoder, tmp_path):
     expected = encode_noise(encoder)
     assert expected.std() > 1
-    file = save_training_file(encoder, tmp_path / PUBLISHED_FILE)
-    renamed = save_training_file(encoder, tmp_path / "any name.ckpt")
+    file, renamed = tmp_path / PUBLISHED_FILE, tmp_path / "any name.ckpt"
+    for path in (file, renamed):
+        save_published_encoder(encoder, path)
     EfficientNetEncoder.load(str(file)).save_pretrained(tmp_path / "saved")
     assert {path.name for path in (tmp_path / "saved").iterdir()} == SAVED_FILES
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
@@ -85,7 +81,8 @@ class Payload(str):
 
 def test_training_file_with_code_in_it_is_refused_and_the_code_not_run(encoder, tmp_path):
     ran = tmp_path / "it ran"
-    file = save_training_file(encoder, tmp_path / "bad.pt", extra=Payload(ran))
+    file = tmp_path / "bad.pt"
+    torch.save({"effnet_state_dict": encoder.state_dict(), "extra": Payload(ran)}, file)
     with pytest.raises(pickle.UnpicklingError, match="eights_only"):
         EfficientNetEncoder.load(str(file))
     assert not ran.exists()
@@ -97,11 +94,10 @@ def test_what_does_not_fit_is_refused_with_its_name(tmp_path):
     with pytest.raises(ValueError, match="efficientnet_v2_s, efficientnet_v2_l, not 'resnet50'"):
         EfficientNetEncoder(effnet="resnet50")
     other = tmp_path / "other.pt"
-    contents = {
-        KeyError: ({}, "effnet_state_dict"),
-        RuntimeError: ({"effnet_state_dict": {}}, "mapper.0.weight"),
-    }
-    for error, (content, name) in contents.items():
+    for content, error, name in (
+        ({}, KeyError, "effnet_state_dict"),
+        ({"effnet_state_dict": {}}, RuntimeError, "mapper.0.weight"),
+    ):
         torch.save(content, other)
         with pytest.raises(error, match=name):
             EfficientNetEncoder.load(str(other))
@@ -128,9 +124,9 @@ def load_in_new_process(cache, *names, env=None):
 
 @pytest.mark.slow
 def test_loading_needs_the_memory_of_the_encoder_not_of_the_whole_file(encoder, tmp_path):
-    more = {"opt_state": torch.zeros(1 << 28)}  # 1 GiB; the published file has several
-    file = save_training_file(encoder, tmp_path / PUBLISHED_FILE, **more)
-    del more
+    file, state = tmp_path / PUBLISHED_FILE, encoder.state_dict()
+    # 1 GiB; the published file has several.
+    torch.save({"effnet_state_dict": state, "opt_state": torch.zeros(1 << 28)}, file)
     assert file.stat().st_size > 1 << 30
     assert load_in_new_process(tmp_path / "cache", file)[0] < 400 << 10
     file.unlink()
@@ -140,7 +136,7 @@ def test_loading_needs_the_memory_of_the_encoder_not_of_the_whole_file(encoder, 
 def test_hub_repos_of_both_kinds_load_and_nothing_else_is_downloaded(encoder, models, tmp_path):
     authors = tmp_path / "authors"
     authors.mkdir()
-    save_training_file(encoder, authors / PUBLISHED_FILE)
+    save_published_encoder(encoder, authors / PUBLISHED_FILE)
     (authors / "model_v1_stage_c.pt").write_bytes(b"many gigabytes")
     repos = {"authors/wuerstchen": authors, "user/encoder": models / "encoder"}
     with HubServer(tmp_path / "hub") as hub:

@@ -260,6 +260,7 @@ def test_captions_in_csv_are_text_as_written(tmp_path):
     assert load(tmp_path) == expected(*range(len(names)), captions=[[text] for text in captions])
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4646\n"
 UNUSABLE = {  # a row of metadata or the content of a .txt file, and the cause that is named
     "half an emoji": ({"text": "thumbs up \ud83d"}, "the caption is None"),
     "half an emoji of several": ({"text": ["a cat", "thumbs up \ud83d"]}, "the caption is None"),
@@ -269,6 +270,7 @@ UNUSABLE = {  # a row of metadata or the content of a .txt file, and the cause t
     "sibling": ({"file_name": "../set-2.jpg", "text": "a cat"}, "outside the data set's folder"),
     "missing image": ({"file_name": "nowhere.jpg", "text": "a cat"}, "No such file"),
     "empty image": ({"file_name": "empty.jpg", "text": "a cat"}, "the image is missing or empty"),
+    "Git LFS pointer": ({"file_name": "pointer.jpg", "text": "a cat"}, "it is a Git LFS pointer"),
     "a number": ({"text": 5}, "the caption is None"),
     "null": ({"text": None}, "the caption is None"),
     "no caption": ({}, "the caption is None"),
@@ -283,6 +285,7 @@ UNUSABLE = {  # a row of metadata or the content of a .txt file, and the cause t
 def test_a_row_that_cannot_be_used_is_named_and_can_be_skipped(case, tmp_path, caplog):
     (row, cause), folder = UNUSABLE[case], tmp_path / "set"
     write(folder, BOTH | {"2.jpg": 2, "empty.jpg": b"", "../secret.jpg": 3, "../set-2.jpg": 4})
+    write(folder, {"pointer.jpg": POINTER})
     rows = [{"file_name": "2.jpg"} | row] if isinstance(row, dict) else []
     write(folder, {"2.txt": row} if not rows else {"metadata.jsonl": BOTH["metadata.jsonl"] + rows})
     message = rf"1 of 3 rows cannot be used, the first: row 2 \(.*jpg\): .*{cause}"
@@ -337,13 +340,8 @@ def test_of_data_files_only_those_of_the_split_train_are_used(kind, train, tmp_p
 
 # --------------------------------------------------------------------------------------------------- errors
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4646\n"
-ROW, HEAD, JSON, CSV = (
-    '{"file_name": "0.jpg", "text": "a"}\n',
-    "file_name,text\n",
-    "metadata.jsonl",
-    "metadata.csv",
-)
+ROW, HEAD = '{"file_name": "0.jpg", "text": "a"}\n', "file_name,text\n"
+JSON, CSV = "metadata.jsonl", "metadata.csv"
 REFUSED = [  # a file beside 0.jpg, and what is said of it
     (JSON, ROW + '\n{"file_name": "1.jpg"\n', "metadata.jsonl, line 3: "),
     (JSON, ROW + '["1.jpg"]\n', "metadata.jsonl, line 2: "),
@@ -381,17 +379,28 @@ def test_other_folders_that_cannot_be_loaded_are_one_line(tmp_path):
     assert re.search("a/metadata.jsonl and .*/metadata.csv both name .*/a/0.jpg", error_of(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("flag", ["image_column", "caption_column"])
-def test_a_column_of_a_saved_set_that_is_not_there_is_named(flag, tmp_path):
-    saved()(tmp_path / "set")
-    error = error_of(tmp_path / "set", **{flag: "photo"})
-    assert re.search(f"^--{flag}=photo: .*photo.*image.*text.*captions", error)
+NO_IMAGES = "--image_column=image: |outside the data set's folder"
+COLUMNS = [  # rows, flags, and what is said of the column
+    (saved(), {"image_column": "photo"}, "^--image_column=photo: .*photo.*image.*text.*captions"),
+    (saved(), {"caption_column": "photo"}, "^--caption_column=photo: .*photo.*image.*text.*captions"),
+    (BOTH, {"image_column": "img"}, "^--image_column=img: .*image.*text"),
+    (BOTH, {"image_column": "text"}, "^--image_column=text: .*string.*, not images"),
+    (5, {}, NO_IMAGES),
+    ("0.jpg", {}, NO_IMAGES),
+    (["a"], {}, NO_IMAGES),
+    ({"data": b"no image", "label": 1}, {}, "^--image_column=image: .*label.*, not images"),
+]
 
 
-@pytest.mark.parametrize("image", [5, "0.jpg", ["a"]])
-def test_a_column_that_holds_no_images_is_one_line(image, tmp_path):
-    write(tmp_path, {"a.parquet": table(0, image=lambda _: image)})
-    assert re.search("--image_column=image: |outside the data set's folder", error_of(tmp_path))
+@pytest.mark.parametrize(("content", "flags", "cause"), COLUMNS)
+def test_a_column_that_is_not_there_or_holds_no_images_is_one_line(content, flags, cause, tmp_path):
+    if callable(content):
+        content(tmp_path / "set")
+    else:
+        write(
+            tmp_path / "set", content if content is BOTH else {"a.parquet": table(0, image=lambda _: content)}
+        )
+    assert re.search(cause, error_of(tmp_path / "set", **flags))
 
 
 def test_paths_in_parquet_are_read_inside_the_folder_and_refused_outside(tmp_path):

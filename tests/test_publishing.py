@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a run: the folder it leaves, the model card, and the upload to the Hub.
+"""The result of a run: its folder, the model card, and the upload to the Hub, which is the server in
+hub_server.py. Two runs are pushed, and most tests look at one of them."""
 
-The Hub is the server in hub_server.py. The client reads its address when it is imported, so each run against
-it is a new process; many tests look at the same run.
-"""
-
-import inspect
 import json
 import os
 import re
@@ -14,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -84,10 +79,8 @@ def flags_in(words):
 
 def test_the_settings_can_be_pasted_back_without_private_ones(tmp_path, monkeypatch):
     """Also if folders happen to have the names of some values."""
-    assert (
-        flags_in(shlex.split(f"{SETTINGS} {EITHER} {OR} {PRIVATE}"))
-        == vars(script.parse_args(["--train_data_dir=images"])).keys()
-    ), "no flag is left out"
+    all_flags = vars(script.parse_args(["--train_data_dir=images"])).keys()
+    assert flags_in(shlex.split(f"{SETTINGS} {EITHER} {OR} {PRIVATE}")) == all_flags
     monkeypatch.chdir(tmp_path)
     for name in ("wandb", "captions", "4"):  # wandb itself creates the first one
         Path(name).mkdir()
@@ -101,14 +94,11 @@ def test_the_settings_can_be_pasted_back_without_private_ones(tmp_path, monkeypa
 
 
 def test_the_settings_omit_local_paths(tmp_path):
-    folder = tmp_path / "private name"
-    folder.mkdir()
     models = [f"pretrained_{name}_name_or_path" for name in ("prior_model", "decoder_model", "image_encoder")]
     paths = [*models, "cache_dir", "dataset_name", "train_data_dir", "output_dir", "logging_dir"]
-    words = [f"--{name}={folder}" for name in (*paths, "resume_from_checkpoint")]
+    words = [f"--{name}={tmp_path}" for name in (*paths, "resume_from_checkpoint")]
     command = script.training_command(script.parse_args([*words, "--learning_rate=0.5"]))
-    assert "--learning_rate 0.5" in command
-    assert "private name" not in command
+    assert "--learning_rate 0.5" in command and tmp_path.name not in command
     assert not flags_in(shlex.split(command)) & {*paths}
 
 
@@ -139,11 +129,17 @@ GUIDE = dict.fromkeys(DEFAULTS) | {
     "push_to_hub": True,
     f"hub_token={TOKEN}": True,
 }
-# The guide's code, except for the path, the device and the image size.
+# The guide's code, except for the path, the device, the image size, and the import from 0.38 on.
 SNIPPET = """
 import torch
 from diffusers import AutoPipelineForText2Image
-{imports}
+try:
+    from diffusers.pipelines.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS
+except ImportError:
+    import diffusers
+    from diffusers.pipelines.deprecated import wuerstchen
+    from diffusers.pipelines.deprecated.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS
+    diffusers.pipelines.wuerstchen = wuerstchen
 
 pipeline = AutoPipelineForText2Image.from_pretrained({path!r}, torch_dtype=torch.float32).to("cpu")
 
@@ -157,18 +153,16 @@ images = pipeline(
     num_images_per_prompt=2,
 ).images
 """
-IMPORTS = {
-    "up to 0.37": "from diffusers.pipelines.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS",
-    "from 0.38 on": "import diffusers.pipelines.deprecated.wuerstchen as w, diffusers\n"
-    "diffusers.pipelines.wuerstchen = w\nDEFAULT_STAGE_C_TIMESTEPS = w.DEFAULT_STAGE_C_TIMESTEPS",
-}
 QUICK = {"max_train_samples": 8, "max_train_steps": 2, "push_to_hub": True, "checkpointing_steps": 2}
 TOKENIZER = ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
 if transformers.__version__ < "5":  # it saves a file more
     TOKENIZER.append("special_tokens_map.json")
-PIPELINE = {"model_index.json", "scheduler/scheduler_config.json"}
+PIPELINE = {
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    *(f"tokenizer/{name}" for name in TOKENIZER),
+}
 PIPELINE |= {"text_encoder/config.json", "text_encoder/model.safetensors"}
-PIPELINE |= {f"tokenizer/{name}" for name in TOKENIZER}
 MODEL = {"config.json", "diffusion_pytorch_model.safetensors"}
 PRIOR_PIPELINE = PIPELINE | {f"prior/{name}" for name in MODEL}
 # All that is uploaded, except for the validation images.
@@ -199,13 +193,13 @@ def small_hub(folder, models, images):
         hub.add_repo(BASE, folder / "prior")
         hub.add_repo(DECODER, models / "decoder")
         hub.add_repo("dome272/wuerstchen", folder / "encoder")
-        hub.add_repo(DATA, folder / "images", repo_type="dataset")
+        hub.add_repo(f"datasets/{DATA}", folder / "images")
         yield hub
 
 
-def push(train_fresh, hub, folder, repo_id, env, last_step, launcher=(), **flags):
-    """A run that has ended well, with what lay in its folder when the upload began."""
-    before_upload, output_dir = {}, folder / repo_id
+def push(train_fresh, hub, folder, name, env, last_step, launcher=(), **flags):
+    """A run that has ended well, with what was in its folder when the upload began."""
+    before_upload, output_dir = {}, folder / name
 
     def look(method, path):
         trained = (output_dir / f"checkpoint-{last_step}").exists()
@@ -215,8 +209,10 @@ def push(train_fresh, hub, folder, repo_id, env, last_step, launcher=(), **flags
     hub.fail = look
     run = train_fresh(launcher, hub.env() | env, output_dir=output_dir, **flags)
     assert run.returncode == 0, run
-    run.hub, run.before_upload, run.outer = hub, before_upload, folder
-    run.repo_id, run.files = f"tester/{repo_id}", hub.files(f"tester/{repo_id}")
+    run.hub, run.before_upload, run.outer, run.repo = hub, before_upload, folder, hub.repos[f"tester/{name}"]
+    run.files, run.prompts = run.repo.files, flags.get("validation_prompts", [])
+    run.images = [f"samples/step-{last_step:07d}-prompt-{index}.png" for index in range(len(run.prompts))]
+    run.trained = run.prior(last_step, "prior_ema" if flags.get("use_ema") else "prior")
     return run
 
 
@@ -228,10 +224,7 @@ def guide(train_fresh, models, images, tmp_path_factory):
     with small_hub(folder, models, images) as hub:
         env = {"WANDB_DIR": folder / "apples", "ACCELERATE_USE_CPU": "true"}
         flags = GUIDE | {"cache_dir": folder / "apples" / "cache", "hub_private_repo": True}
-        run = push(train_fresh, hub, folder, "apples", env, 6, ACCELERATE_LAUNCH, **flags)
-        run.images = ["grid.png", *(f"samples/step-0000006-prompt-{index}.png" for index in range(2))]
-        run.prompt, run.trained = PROMPTS[0], run.prior(6, "prior_ema")
-        yield run
+        yield push(train_fresh, hub, folder, "apples", env, 6, ACCELERATE_LAUNCH, **flags)
 
 
 @pytest.fixture(scope="module")
@@ -239,12 +232,10 @@ def minimal(train_fresh, models, images, tmp_path_factory):
     """Local models and images, no prompts, no trackers, the token that `hf auth login` saves."""
     folder = tmp_path_factory.mktemp("minimal")
     with small_hub(folder, models, images) as hub:
-        (hub.folder / "client").mkdir()
+        (hub.folder / "client").mkdir(parents=True)
         (hub.folder / "client" / "token").write_text(TOKEN)
         flags = {"pretrained_prior_model_name_or_path": folder / "prior", "seed": None, "report_to": "none"}
-        run = push(train_fresh, hub, folder, "plain", {}, 2, **QUICK | flags)
-        run.images, run.prompt, run.trained = [], "a photo", run.prior(2)
-        yield run
+        yield push(train_fresh, hub, folder, "plain", {}, 2, **QUICK | flags)
 
 
 @pytest.fixture(params=["guide", pytest.param("minimal", marks=pytest.mark.slow)])
@@ -254,54 +245,45 @@ def pushed(request):
 
 
 def test_exactly_what_a_user_needs_is_uploaded_when_all_is_on_disk(pushed):
-    assert set(pushed.files) == EXPECTED_FILES | set(pushed.images)
+    images = [*pushed.images, "grid.png"] if pushed.images else []
+    assert set(pushed.files) == EXPECTED_FILES | set(images)
     assert {name: pushed.before_upload.get(name) for name in pushed.files} == pushed.files
     assert {name: (pushed.folder / name).read_bytes() for name in pushed.files} == pushed.files
-    repo = pushed.hub.repos[pushed.repo_id]
-    assert len(repo["commits"]) == 2, "an empty one, and one with all files"
-    assert repo["private"] == (pushed.repo_id == "tester/apples"), "only on request"
+    assert len(pushed.repo.commits) == 2, "an empty one, and one with all files"
+    assert pushed.repo.private == bool(images), "only on request"
     assert [name for name, content in pushed.files.items() if str(pushed.outer).encode() in content] == []
+    inodes = {}  # no weights are on disk twice: those of two folders are one file with two names
+    for folder in ("prior_prior", "prior_pipeline/prior"):
+        name = f"{folder}/diffusion_pytorch_model.safetensors"
+        assert same_weights(load(pushed.files[name]), pushed.trained)
+    for name in (name for name in pushed.files if name.endswith(".safetensors")):
+        inodes.setdefault(pushed.files[name], set()).add((pushed.folder / name).stat().st_ino)
+    assert len(inodes) == 5 and all(len(of_content) == 1 for of_content in inodes.values())
 
 
 def test_there_were_more_files_that_could_have_been_uploaded(guide):
-    names = set(read_folder(guide.folder))
-    for pattern in (
-        "checkpoint-4/optimizer.bin",
-        "checkpoint-6/prior_ema/config.json",
-        "samples/step-0000000-prompt-0.png",
-        r"logs/.*tfevents.*",
-        r"wandb/.*\.png",
-        r"cache/.*model\.safetensors",
-    ):
-        assert [name for name in names if re.fullmatch(pattern, name)], pattern
+    names = "\n".join(read_folder(guide.folder))
+    more = ["checkpoint-4/optimizer.bin", "checkpoint-6/prior_ema/config.json", r"logs/.*tfevents.*"]
+    more += ["samples/step-0000000-prompt-0.png", r"wandb/.*\.png", r"cache/.*model\.safetensors"]
+    for pattern in more:
+        assert re.search(f"^{pattern}$", names, re.MULTILINE), pattern
     checkpoints = sorted(path.name for path in guide.folder.glob("*checkpoint*"))
     assert checkpoints == ["checkpoint-4", "checkpoint-5", "checkpoint-6"], "--checkpoints_total_limit=3"
 
 
 def test_the_index_names_the_components_by_classes_that_every_version_has(guide):
-    parameters = inspect.signature(script.wuerstchen.WuerstchenCombinedPipeline.__init__).parameters
-    root = {*parameters} - {"self"}
+    prior = {"prior", "text_encoder", "tokenizer", "scheduler"}
+    root = {f"prior_{name}" for name in prior} | prior - {"prior"} | {"decoder", "vqgan"}
     classes = {"prior": "WuerstchenPrior", "decoder": "WuerstchenDiffNeXt", "vqgan": "PaellaVQModel"}
-    for prefix, names in {"": root, "prior_pipeline/": {n[6:] for n in root if n[:6] == "prior_"}}.items():
+    for prefix, names in {"": root, "prior_pipeline/": prior}.items():
         index = json.loads(guide.files[f"{prefix}model_index.json"])
         assert {name for name, value in index.items() if isinstance(value, list)} == names
         for name in names:
-            assert any(path.startswith(f"{prefix}{name}/") for path in guide.files), name
             kind = name.removeprefix("prior_")
             assert kind not in classes or index[name] == ["wuerstchen", classes[kind]]
             if kind == "tokenizer":
                 config = json.loads(guide.files[f"{prefix}{name}/tokenizer_config.json"])
                 assert {index[name][1], config["tokenizer_class"]} <= {"CLIPTokenizer", "CLIPTokenizerFast"}
-
-
-def test_no_weights_are_on_disk_twice(guide):
-    """prior_prior/ and prior_pipeline/prior/ are the same files, under two names."""
-    inodes = {}
-    for name, content in guide.files.items():
-        if name.endswith(".safetensors"):
-            inodes.setdefault(content, set()).add((guide.folder / name).stat().st_ino)
-    assert len(inodes) == 5
-    assert all(len(of_content) == 1 for of_content in inodes.values())
 
 
 def test_the_upload_has_a_progress_bar_and_the_log_lists_no_requests(guide):
@@ -315,13 +297,12 @@ def test_the_upload_has_a_progress_bar_and_the_log_lists_no_requests(guide):
 def test_the_token_is_sent_to_the_hub_and_written_nowhere(pushed):
     """In no byte that is written, printed or uploaded, including working folder, trackers and caches."""
     assert TOKEN not in pushed.output
-    files = {str(path): path for folder in (pushed.outer, pushed.place) for path in folder.rglob("*")}
-    found = {path.name for path in files.values() if path.is_file() and TOKEN.encode() in path.read_bytes()}
+    paths = [path for folder in (pushed.outer, pushed.place) for path in folder.rglob("*") if path.is_file()]
+    found = {path.name for path in paths if TOKEN.encode() in path.read_bytes()}
     assert found <= {"token"}, "of hf auth login"
-    assert [name for name, content in pushed.files.items() if TOKEN.encode() in content] == []
     tokens = [token for _, path, token in pushed.hub.requests if re.search("/commit/|/repos/create", path)]
     assert tokens == [f"Bearer {TOKEN}"] * 2
-    if pushed.repo_id == "tester/apples":
+    if pushed.images:
         records = b"".join(record.SerializeToString() for record in read_wandb(pushed.folder))
         assert b"--hub_token" in records, "wandb records the command line, so this can fail"
         (settings,) = (pushed.folder / "logs").rglob("hparams.yml")
@@ -351,7 +332,9 @@ def test_the_cards_code_generates_an_image_from_the_hub(pushed, tmp_path):
     assert script.decoder_image_size(pipeline.decoder_pipe, 64) == 128
     assert all(Image.open(path).size == (128, 128) for path in (pushed.folder / "samples").glob("step-*"))
     torch.manual_seed(7)
-    expected = pipeline(pushed.prompt, width=128, height=128, prior_guidance_scale=4.0).images[0]
+    expected = pipeline(
+        [*pushed.prompts, "a photo"][0], width=128, height=128, prior_guidance_scale=4.0
+    ).images[0]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "image.png")), np.asarray(expected))
 
 
@@ -390,18 +373,16 @@ def test_the_card_of_a_local_run_names_nothing_that_is_not_on_the_hub(minimal):
 
 def test_the_cards_images_are_the_last_samples_and_the_loss_curve(guide, tmp_path):
     assert re.findall(r"!\[.*?\]\((.*?)\)", guide.files["README.md"].decode()) == ["grid.png", "loss.png"]
-    samples = [np.asarray(Image.open(BytesIO(guide.files[name]))) for name in guide.images[1:]]
-    assert np.array_equal(np.asarray(Image.open(BytesIO(guide.files["grid.png"]))), np.hstack(samples))
+    samples = [np.asarray(Image.open(guide.folder / name)) for name in guide.images]
+    assert np.array_equal(np.asarray(Image.open(guide.folder / "grid.png")), np.hstack(samples))
     assert not np.array_equal(*samples)
-    curves = []
     lines = (guide.folder / "loss.jsonl").read_text().splitlines(keepends=True)
+    uploaded = np.asarray(Image.open(guide.folder / "loss.png"))
     for count in (len(lines), len(lines) - 1):
         (tmp_path / "loss.jsonl").write_text("".join(lines[:count]))
         script.save_loss_curve(tmp_path)
-        curves.append(np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")))
-    uploaded = np.asarray(Image.open(BytesIO(guide.files["loss.png"])).convert("RGB"))
-    assert np.array_equal(uploaded, curves[0])
-    assert not np.array_equal(uploaded, curves[1]), "without the last step"
+        curve = np.asarray(Image.open(tmp_path / "loss.png"))
+        assert np.array_equal(uploaded, curve) == (count == len(lines)), "not without the last step"
 
 
 # -------------------------------------------------------------------------------- the result and its loading
@@ -409,8 +390,7 @@ def test_the_cards_images_are_the_last_samples_and_the_loss_curve(guide, tmp_pat
 
 def test_the_guides_snippet_and_the_prior_pipeline_have_the_trained_prior(guide, models):
     names = {}
-    line = "up to 0.37" if script.diffusers.__version__ < "0.38" else "from 0.38 on"
-    exec(SNIPPET.format(path=str(guide.folder), imports=IMPORTS[line]), names)
+    exec(SNIPPET.format(path=str(guide.folder)), names)
     assert [image.size for image in names["images"]] == [(128, 256)] * 2
     assert not np.array_equal(*map(np.asarray, names["images"]))
     pipeline = names["pipeline"]
@@ -431,31 +411,24 @@ def test_the_guides_snippet_and_the_prior_pipeline_have_the_trained_prior(guide,
     assert embeds.isfinite().all()
 
 
-def test_the_uploaded_weights_are_the_trained_ones(pushed):
-    for folder in ("prior_prior", "prior_pipeline/prior"):
-        weights = load(pushed.files[f"{folder}/diffusion_pytorch_model.safetensors"])
-        assert same_weights(weights, pushed.trained)
-
-
 def test_transformers_4_can_load_the_result(train, models, tmp_path):
     """Version 4 expects a prefix of the tensors' names that version 5 omits, and older tokenizer files."""
     shutil.copytree(models / "prior", tmp_path / "prior")
     published = tmp_path / "prior" / "text_encoder" / "model.safetensors"
-    weights = {
-        f"text_model.{name.removeprefix('text_model.')}": v for name, v in load_file(published).items()
-    }
+    weights = load_file(published).items()
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in weights}
     save_file(weights, published, metadata={"format": "pt"})
     run = train(pretrained_prior_model_name_or_path=tmp_path / "prior", max_train_steps=1)
     assert run.returncode == 0, run
-    expected = models / "decoder" / "tokenizer"
     for prefix in ("prior_pipeline/", "prior_"):
         assert same_weights(load_file(run.folder / f"{prefix}text_encoder" / "model.safetensors"), weights)
+
+    def read_tokenizer(folder):
+        _, *merges = (folder / "merges.txt").read_text().split("\n")
+        return json.loads((folder / "vocab.json").read_text()), [line for line in merges if line]
+
     for name in ("prior_pipeline/tokenizer", "prior_tokenizer", "tokenizer"):
-        folders = (run.folder / name, expected)
-        vocab, expected_vocab = (json.loads((folder / "vocab.json").read_text()) for folder in folders)
-        assert vocab == expected_vocab
-        merges, lines = ((folder / "merges.txt").read_text().splitlines()[1:] for folder in folders)
-        assert merges == [line for line in lines if line]
+        assert read_tokenizer(run.folder / name) == read_tokenizer(models / "decoder" / "tokenizer")
 
 
 def test_torch_dynamo_leaves_no_local_path_in_the_result(train, models):
@@ -468,108 +441,7 @@ def test_torch_dynamo_leaves_no_local_path_in_the_result(train, models):
     assert [path for path in files if str(models) in path.read_text()] == []
 
 
-# ------------------------------------------------------------------ what cannot be written, or cannot be read
-
-
-def refuse_modes():
-    """A file system on which modes and times cannot be set: CIFS, gcsfuse, a Windows drive in WSL."""
-
-    def refuse(path, *args, **kwargs):
-        raise PermissionError(1, "Operation not permitted", str(path))
-
-    os.chmod = os.utime = refuse
-
-
-def refuse_deletion():
-    """A file that is open on another NFS client cannot be deleted, but moved."""
-    rmtree = shutil.rmtree
-
-    def refuse(path, *args, **kwargs):
-        if re.search(r"\.result\.\d", str(path)):
-            raise OSError(16, "Device or resource busy", str(path))
-        rmtree(path, *args, **kwargs)
-
-    shutil.rmtree = refuse
-
-
-def fill_disk():
-    """The disk is full when the decoder is written."""
-
-    def refuse(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    script.wuerstchen.PaellaVQModel.save_pretrained = refuse
-
-
-def test_the_result_needs_neither_modes_nor_times(train):
-    run, plain = train(refuse_modes, max_train_steps=2), train(max_train_steps=2)
-    assert run.returncode == 0, run
-    assert set(read_folder(run.folder)) >= EXPECTED_FILES
-    assert same_weights(run.prior(), plain.prior())
-
-
-def test_an_old_result_that_cannot_be_deleted_is_a_warning(train, tmp_path):
-    flags = {"max_train_steps": 1, "checkpointing_steps": 1, "output_dir": tmp_path / "out"}
-    assert train(**flags).returncode == 0
-    flags |= {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
-    run = train(refuse_deletion, **flags)
-    assert run.returncode == 0, run
-    assert re.search("WARNING.*busy", run.output)
-    for folder in (run.folder / "prior_pipeline" / "prior", run.folder / "prior_prior"):
-        assert same_weights(load_weights(folder), run.prior(2))
-    assert "For 2 steps" in (run.folder / "README.md").read_text()
-    again = train(**flags)
-    assert again.returncode == 0, again
-    assert not list(run.folder.glob(".result.*")), "the next run deletes it"
-
-
-def test_a_result_that_cannot_be_written_is_an_error_and_has_no_card(train):
-    run = train(fill_disk, max_train_steps=2)
-    assert run.returncode == 1, run
-    assert "--output_dir" in run.output.splitlines()[-1] and "No space left" in run.output.splitlines()[-1]
-    assert "Traceback" not in run.output
-    assert not (run.folder / "README.md").exists() and not list(run.folder.glob(".result.*"))
-    pipeline = DiffusionPipeline.from_pretrained(run.folder / "prior_pipeline")
-    assert same_weights(dict(pipeline.prior.named_parameters()), run.prior(2))
-
-
-POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
-BROKEN = [
-    ("prior_model", "prior", "text_encoder/model.safetensors"),
-    ("prior_model", "prior", "tokenizer/tokenizer.json"),
-    ("prior_model", "prior", "prior/diffusion_pytorch_model.safetensors"),
-    ("decoder_model", "decoder", "decoder/diffusion_pytorch_model.safetensors"),
-    ("decoder_model", "decoder", "vqgan/config.json"),
-    ("decoder_model", "decoder", "text_encoder/model.safetensors"),
-    ("decoder_model", "decoder", "model_index.json"),
-    ("image_encoder", "encoder", "diffusion_pytorch_model.safetensors"),
-    ("image_encoder", "model_v2_stage_b.pt", ""),
-]
-
-
-@pytest.mark.parametrize("kind", ["pointer", "truncated"])
-@pytest.mark.parametrize(("flag", "source", "name"), BROKEN, ids=[f"{row[1]}/{row[2]}" for row in BROKEN])
-def test_a_model_that_cannot_be_loaded_ends_the_run_before_training(
-    train, models, tmp_path, flag, source, name, kind
-):
-    """Also the decoder of a run without prompts: its result needs it."""
-    model, file = tmp_path / source, tmp_path / source / name
-    if name:
-        shutil.copytree(models / source, model)
-    else:
-        save_published_encoder(EfficientNetEncoder.from_pretrained(models / "encoder"), file)
-    content = file.read_bytes()
-    file.write_bytes(POINTER.encode() if kind == "pointer" else content[: len(content) // 2])
-    run = train(**{f"pretrained_{flag}_name_or_path": model})
-    assert run.returncode == 1, run
-    message = run.output.splitlines()[-1]
-    assert message.startswith(f"--pretrained_{flag}_name_or_path={model}: ")
-    assert kind == "truncated" or f"{file} is a Git LFS pointer" in message
-    assert "Traceback" not in run.output
-    assert not (run.folder / "loss.jsonl").exists() and not (run.folder / "logs").exists()
-
-
-# ------------------------------------------------------------------- versions of diffusers, and of Accelerate
+# -------------------------------------------------------------------------------------- versions of diffusers
 
 
 @pytest.fixture(scope="module")
@@ -610,10 +482,7 @@ def test_each_version_of_diffusers_trains_alike_and_loads_what_the_other_saves(
     assert index["prior_prior"] == ["wuerstchen", "WuerstchenPrior"]
     paths = [str(here.folder), str(newest.folder)]
     for env in ({}, {"PYTHONPATH": newest_diffusers}):
-        version = run_command([sys.executable, "-c", "import diffusers; print(diffusers.__version__)"], env)
-        is_new = int(version.stdout.split()[-1].split(".")[1]) >= 38
-        snippet = SNIPPET.format(path="PATH", imports=IMPORTS["from 0.38 on" if is_new else "up to 0.37"])
-        code = LOAD_AND_GENERATE.format(paths=paths, snippet=snippet)
+        code = LOAD_AND_GENERATE.format(paths=paths, snippet=SNIPPET.format(path="PATH"))
         done = run_command([sys.executable, "-c", code], env)
         assert done.returncode == 0, done.stdout
         totals = re.findall(r"generated with \S+ (\S+)", done.stdout)
@@ -626,14 +495,7 @@ def test_each_version_of_diffusers_trains_alike_and_loads_what_the_other_saves(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        ("commit", "503"),
-        pytest.param("revoked", "401", marks=pytest.mark.slow),
-        pytest.param("cut", "", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("fault", "reason"), [("commit", "503"), ("revoked", "401"), ("cut", "")])
 def test_a_push_that_fails_is_an_error_and_the_command_pushes_later(
     train_fresh, models, images, tmp_path, fault, reason
 ):
@@ -651,13 +513,12 @@ def test_a_push_that_fails_is_an_error_and_the_command_pushes_later(
 
         hub.fail = fail
         run = train_fresh(env=hub.env(), **flags)
-        assert run.returncode == 1, run
-        assert "Traceback" not in run.output and TOKEN not in run.output
+        assert run.returncode == 1 and "Traceback" not in run.output and TOKEN not in run.output, run
         message = run.output[run.output.rindex("--push_to_hub: ") :].splitlines()[0]
         assert reason in message and "--resume_from_checkpoint=latest" in message
-        assert hub.files("tester/out") == {}
-        expected = EXPECTED_FILES | {f"samples/step-0000002-prompt-{index}.png" for index in (0, 1)}
-        expected |= {"grid.png"}
+        repo, expected = hub.repos["tester/out"], EXPECTED_FILES | {"grid.png"}
+        assert repo.files == {}
+        expected |= {f"samples/step-0000002-prompt-{index}.png" for index in (0, 1)}
         assert set(read_folder(run.folder)) >= expected
         assert list(run.logged("train_loss")) == [1, 2], "the trackers are complete"
         assert list(run.logged("validation/1")) == [0, 2]
@@ -668,10 +529,9 @@ def test_a_push_that_fails_is_an_error_and_the_command_pushes_later(
         hub.fail, hub.tokens = lambda method, path: None, TOKENS
         again = train_fresh(env=hub.env(), **flags, resume_from_checkpoint="latest")
         assert again.returncode == 0, again
-        files = hub.files("tester/out")
-        assert set(files) == expected
-        assert {name: (run.folder / name).read_bytes() for name in files} == files
-        assert same_weights(load(files["prior_prior/diffusion_pytorch_model.safetensors"]), run.prior(2))
+        assert set(repo.files) == expected
+        assert {name: (run.folder / name).read_bytes() for name in repo.files} == repo.files
+        assert same_weights(load(repo.files["prior_prior/diffusion_pytorch_model.safetensors"]), run.prior(2))
 
 
 REFUSED = {  # flags, and the reason in the message
@@ -699,14 +559,12 @@ print(json.dumps(messages))
 
 def test_a_repo_that_cannot_be_written_is_refused_at_the_start(models, tmp_path):
     """In one process after another. The images do not exist, which is checked later."""
-    runs = {}
-    for name, (flags, _) in REFUSED.items():
-        args = tiny_args(models, tmp_path / "nowhere", tmp_path / "out", **QUICK | flags)
-        runs[name] = [str(arg) for arg in args]
+    folders = (models, tmp_path / "nowhere", tmp_path / "out")
+    runs = {name: tiny_args(*folders, **QUICK | flags) for name, (flags, _) in REFUSED.items()}
     with HubServer(tmp_path / "hub", tokens=TOKENS) as hub:
         for repo_id in ("tester/existing", "other/public", "other/secret"):
             hub.add_repo(repo_id, models / "prior", private=repo_id == "other/secret")
-        env = hub.env() | {"RUNS": json.dumps(runs), "PYTHONPATH": SCRIPT.parent}
+        env = hub.env() | {"RUNS": json.dumps(runs, default=str), "PYTHONPATH": SCRIPT.parent}
         done = run_command([sys.executable, "-c", RUN_EACH], env)
     assert done.returncode == 0, done.stdout
     messages = json.loads(done.stdout.splitlines()[-1])
@@ -715,5 +573,5 @@ def test_a_repo_that_cannot_be_written_is_refused_at_the_start(models, tmp_path)
         assert re.fullmatch(pattern, messages[name]), name
     assert read_folder(tmp_path / "out").keys() == {".lock"}
     assert set(hub.repos) == {"tester/existing", "other/public", "other/secret"}
-    assert {len(repo["commits"]) for repo in hub.repos.values()} == {1}
+    assert {len(repo.commits) for repo in hub.repos.values()} == {1}
     assert [token for token in (TOKEN, READ_TOKEN, UNKNOWN_TOKEN) if token in done.stdout] == []

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import tracemalloc
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGES, assert_continues_as, resumed
+from conftest import IMAGES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -74,10 +75,8 @@ def train_shapes(train, shapes):
     return lambda patch=None, **flags: train(patch, train_data_dir=shapes, **RUN | flags)
 
 
-def make_rank(process_index=0, num_processes=1):
-    return SimpleNamespace(
-        process_index=process_index, num_processes=num_processes, is_main_process=process_index == 0
-    )
+def make_rank(rank=0, num_processes=1):
+    return SimpleNamespace(process_index=rank, num_processes=num_processes, is_main_process=rank == 0)
 
 
 def load_sizes(folder, batch_size=1, train_rows=None):
@@ -286,23 +285,29 @@ def test_each_held_out_row_is_in_one_batch_of_its_size(batch_size, counts):
     assert sorted(itertools.chain(*batches)) == list(enumerate(held_out))
 
 
-def test_starting_at_a_late_step_decodes_no_earlier_image(monkeypatch):
-    sizes, opened = np.full((64, 2), 32), []
-    dataset = datasets.Dataset.from_dict({"image": list(range(64))})
-    args = script.parse_args([f"--train_data_dir={IMAGES}", "--seed=0", "--train_batch_size=4"])
+def test_starting_at_a_late_step_needs_no_memory_and_decodes_no_earlier_image():
+    count, first_step, opened = 3000, 30_000, []  # after ten epochs
+    sizes, rows = np.full((count, 2), 32), np.arange(count)
+    dataset = datasets.Dataset.from_dict({"image": list(range(count))})
+    args = script.parse_args([f"--train_data_dir={IMAGES}", "--seed=0"])
 
     def preprocess(row, size, train):
         opened.append(row["image"])
         return {"value": torch.tensor(row["image"])}
 
-    order = [row for (batch,) in read_steps(sizes, 0, 1001, 4, buckets=False) for _, row in batch]
-    batches = script.order_batches(np.arange(64), sizes, args, make_rank(), first_step=1000)
-    load = script.load_batches(
-        args, torch.device("cpu"), [], dataset, sizes, preprocess, np.arange(64), batches, True
-    )
+    tracemalloc.start()
+    try:
+        batches = script.order_batches(rows, sizes, args, make_rank(), first_step)
+        first = next(batches)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20, "a list of 30,000 samples takes 3 MB"
+    finally:
+        tracemalloc.stop()
+    batches = itertools.chain([first], batches)
+    load = script.load_batches(args, torch.device("cpu"), [], dataset, sizes, preprocess, rows, batches, True)
     batch = next(load)
-    assert batch["row"] == batch["value"].tolist() == opened == order[4000:]
-    assert batch["position"] == list(range(4000, 4004))
+    ((_, row),) = read_steps(sizes, 0, first_step + 1, buckets=False)[-1][0]
+    assert batch["row"] == batch["value"].tolist() == opened == [row]
+    assert batch["position"] == [first_step]
 
 
 # ------------------------------------------------------------------------------------------------------ runs
@@ -327,23 +332,6 @@ def test_a_run_trains_and_validates_on_all_sizes(train_shapes, shapes):
     assert len({tuple(sizes[row]) for row in order}) == 5
     assert len({tuple(sizes[row]) for row in held_out_rows}) >= 4
     assert list(run.losses("val_loss")) == [0, 3, 6, 9, 10]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("stop", "flags"), [(1, {"random_crop": True}), (4, {})])
-def test_a_resumed_run_with_buckets_has_the_same_bits(train_shapes, tmp_path, stop, flags):
-    run = train_shapes(**flags)
-    assert run.returncode == 0, run
-    again = resumed(train_shapes, run, stop, tmp_path, **flags)
-    assert_continues_as(again, run, stop, 7)
-
-
-@pytest.mark.slow
-def test_cached_latents_of_all_sizes_give_the_same_losses(train_shapes, tmp_path):
-    run, cached = train_shapes(), train_shapes(cache_latents=True, cache_dir=tmp_path)
-    assert run.returncode == cached.returncode == 0, (run, cached)
-    for name in ("train_loss", "val_loss"):
-        assert cached.losses(name) == pytest.approx(run.losses(name), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -382,9 +370,7 @@ def test_the_only_image_of_its_shape_may_be_unreadable(train, tmp_path):
     assert run.all("pixels").shape == (16, 3, 128, 128)
     stopped = train(**flags)
     assert stopped.returncode == 1 and "Traceback" not in stopped.output, stopped
-    assert re.search(
-        r"row [67]: the image \(.*0[67]\.png\) cannot be read: .*--skip_bad_rows$", stopped.output
-    )
+    assert re.search(r"row [67]: the image \(.*0[67]\.png\) cannot be .*--skip_bad_rows$", stopped.output)
 
 
 @pytest.mark.slow
@@ -400,8 +386,8 @@ def test_unreadable_rows_are_replaced_by_others_of_their_size(train, shapes, tmp
         assert run.returncode == 0, run
         skipped = re.findall(r"Skipped row \d+: the image \(\S*/(\d+)\.png", run.output)
         assert sorted(skipped) == ["13", "20"]
-    plain, cached = (run.logged("train_loss") for run in runs)
-    assert plain == pytest.approx(cached, rel=1e-4)
+    for name in ("train_loss", "val_loss"):
+        assert runs[1].losses(name) == pytest.approx(runs[0].losses(name), rel=1e-5)
 
 
 def test_a_row_of_a_rare_shape_is_trained_on_in_each_epoch(train, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import distance, equal_images, same_weights, script
 from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image, ImageOps
+from PIL import Image
 from tiny_models import read_images
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
@@ -323,11 +323,10 @@ def test_the_decoder_leaves_the_gpu_while_it_is_not_used(models, fails):
 SIZES = {"": (128, 128), "-128x256": (128, 256), "-250x140": (256, 128)}  # the last one becomes the nearest
 
 
-def test_each_prompt_is_generated_at_each_size_and_shown_in_the_contact_sheet(train, models, small, tmp_path):
-    """A prompt that has been changed has a row without the images of the earlier one."""
+def test_each_prompt_is_generated_at_each_size(train, models, small):
+    sizes = [128, 256, 250, 140]
     flags = {"max_train_steps": 2, "validation_steps": 2, "validation_prompts": PROMPTS[:2]}
-    flags |= {"validation_size": [128, 256, 250, 140], "output_dir": tmp_path / "run"}
-    run = train(train_data_dir=small, **flags)
+    run = train(train_data_dir=small, validation_size=sizes, **flags)
     assert run.returncode == 0, run
     names = [f"step-{s:07d}-prompt-{p}{size}.png" for s in (0, 2) for p in (0, 1) for size in SIZES]
     samples = run.folder / "samples"
@@ -339,40 +338,18 @@ def test_each_prompt_is_generated_at_each_size_and_shown_in_the_contact_sheet(tr
                 assert image.size == size and image.info["prompt"] == prompt
                 assert np.abs(np.asarray(image) - expected[index]).max() <= 1
 
-    for prompts in (PROMPTS[:2], [PROMPTS[0], "a llama"]):
-        args = SimpleNamespace(output_dir=run.folder, resolution=64, validation_prompts=prompts)
-        args.validation_size = flags["validation_size"]
-        script.save_contact_sheet(args)
-        sheet = np.asarray(Image.open(samples / "contact-sheet.png"))
-        assert sheet.shape == (6 * 260, 2 * 192, 3), "rows: both prompts at each size; columns: steps"
-        places = itertools.product(SIZES, (0, 1), (0, 2))  # squares first
-        for place, (suffix, index, step) in enumerate(places):
-            cell = sheet[place // 2 * 260 :, place % 2 * 192 :][72:256, 4:188]
-            with Image.open(samples / f"step-{step:07d}-prompt-{index}{suffix}.png") as image:
-                shown = np.asarray(ImageOps.pad(image, (184, 184), color="white"))
-            assert (cell == shown).all() if prompts[index] == PROMPTS[index] else (cell == 255).all()
 
-
-@pytest.fixture(scope="module")
-def published_decoder(models):
-    """A decoder pipeline whose decoder has the published sizes, without weights."""
+def test_images_have_a_size_near_what_the_latents_stand_for_that_the_decoder_can_generate(models):
+    """With the published decoder's sizes, without weights. The guide's sizes are possible."""
     with torch.device("meta"):
         sizes = {"patch_size": 2, "c_hidden": [320, 640, 1280, 1280], "blocks": [1, 1, 1, 1]}
         decoder = wuerstchen.WuerstchenDiffNeXt(**sizes)
     components = wuerstchen.WuerstchenDecoderPipeline.from_pretrained(models / "decoder").components
-    return wuerstchen.WuerstchenDecoderPipeline(**components | {"decoder": decoder})
-
-
-@pytest.mark.parametrize(("resolution", "size"), [(768, 1024), (512, 640), (1536 * 32 / 42.67, 1536)])
-def test_images_have_the_size_that_the_trained_latents_stand_for(published_decoder, resolution, size):
-    """The guide's sizes are possible with the published decoder."""
-    assert script.decoder_image_size(published_decoder, resolution) == size
-    assert math.ceil(size / 42.67) == {1024: 24, 640: 15, 1536: 36}[size], "as the prior's pipeline computes"
-
-
-def test_every_resolution_has_a_nearby_size_that_the_decoder_can_generate(published_decoder):
+    pipeline = wuerstchen.WuerstchenDecoderPipeline(**components | {"decoder": decoder})
+    for resolution, size in ((768, 1024), (512, 640), (1536 * 32 / 42.67, 1536)):
+        assert script.decoder_image_size(pipeline, resolution) == size
     for resolution in range(32, 1600, 32):
-        size = script.decoder_image_size(published_decoder, resolution)
+        size = script.decoder_image_size(pipeline, resolution)
         side = math.ceil(size / 42.67)  # of the latents, as in the prior's pipeline
         decoder_side = int(side * 10.67)  # of the decoder's latents, as in its pipeline
         assert decoder_side % 16 == 0, "patches of 2 are halved three times"

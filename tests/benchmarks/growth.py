@@ -2,7 +2,7 @@
 """What grows with the data set and with the run, in seconds and in GB of main memory. Needs Linux.
 
     python tests/benchmarks/growth.py                                       # some two minutes
-    python tests/benchmarks/growth.py --rows 1000 --steps 1000 --checkpoints 10 --prompts 2
+    python tests/benchmarks/growth.py --rows 1000 --steps 1000 --checkpoints 10
 
 Each number is of one call, on one core, in a fork of its own. Rows are captions and names of images, which
 are not read.
@@ -28,8 +28,6 @@ import datasets  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
-from PIL import Image  # noqa: E402
-from PIL.PngImagePlugin import PngInfo  # noqa: E402
 from transformers import CLIPTokenizerFast  # noqa: E402
 
 import train_text_to_image_prior as script  # noqa: E402
@@ -117,27 +115,10 @@ def measure_checkpoints(count: int) -> list:
     return results
 
 
-def measure_prompts(count: int) -> list:
-    prompts = [f"{CAPTION}{index}" for index in range(count)]
-    results, args = [], parse_script_args("--validation_prompts", *prompts)
-    pixels = np.random.default_rng(0).integers(0, 64, (1024, 1024, 3), np.uint8)
-    for prompt, name, _ in script.validation_images(args):
-        text, file = PngInfo(), args.output_dir / "samples" / f"step-{0:07d}-{name}.png"
-        text.add_itxt("prompt", prompt)
-        file.parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(file, pnginfo=text)
-        for step in range(1, 20):
-            os.link(file, file.with_name(f"step-{step:07d}-{name}.png"))
-    with measure(results, "contact sheet of 20 validations at 1024 pixels"):
-        script.save_contact_sheet(args)
-    return results
-
-
 KINDS = {  # what is measured, and for how many by default
     "rows": (measure_rows, [1_000, 1_000_000]),
     "steps": (measure_steps, [1_000, 1_000_000]),
     "checkpoints": (measure_checkpoints, [10, 10_000]),
-    "prompts": (measure_prompts, [8, 64]),
 }
 
 

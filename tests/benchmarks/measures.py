@@ -3,8 +3,6 @@
 at which its process was started, and returns named numbers."""
 
 import argparse
-import contextlib
-import itertools
 import math
 import platform
 import statistics
@@ -126,33 +124,6 @@ def time_reference(size, argv: list[str], started: float) -> dict:
     return speeds(args, ends, num_timed) | {"loss": value, "skipped_steps": skipped}
 
 
-def time_checkpointing(size, argv: list[str], started: float) -> dict:
-    """ms of a micro-step, forward and backward, and its peak memory: without --gradient_checkpointing, with
-    it under autocast's default settings, and as the script has both."""
-    run, found = set_up(argv), {}
-    prior, cuda = run.prior.train(), run.accelerator.device.type == "cuda"
-    latents, prompt_embeds = encode(run)
-    timesteps = torch.rand(len(latents), device=latents.device)
-    default_autocast = accelerate.utils.AutocastKwargs()
-
-    def micro_step(autocast_handler):
-        with run.accelerator.autocast(autocast_handler):
-            pred_noise = prior(latents.float(), timesteps, prompt_embeds)
-        pred_noise.float().square().mean().backward()
-
-    for name, autocast_handler in (("none", None), ("default autocast", default_autocast), ("ours", None)):
-        prior.disable_gradient_checkpointing() if name == "none" else prior.enable_gradient_checkpointing()
-        for _ in range(3):
-            micro_step(autocast_handler)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        times = [seconds(micro_step, autocast_handler) for _ in range(12)]
-        found[f"{name}, ms"] = statistics.median(times) * 1000
-        if cuda:
-            found[f"{name}, peak of allocated GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    return found
-
-
 # ------------------------------------------------------------------------------------------ encoding, reading
 def set_up(argv: list[str]) -> SimpleNamespace:
     """What `main` has before it trains, and the first batch of the data, on the device."""
@@ -200,18 +171,6 @@ def repeat_rows(dataset: datasets.Dataset, num_rows: int) -> datasets.Dataset:
     return repeated.select(range(num_rows))
 
 
-def read_batches(run: SimpleNamespace, dataset, preprocess: Callable, size, workers: int) -> list[float]:
-    """ms to read the very first micro-batch, and then each of the timed ones, with the script's data
-    loader."""
-    rows, sizes = np.arange(len(dataset)), make_sizes(run, dataset)
-    batches = script.order_batches(rows, sizes, run.args, run.accelerator, first_step=0)
-    batches = itertools.islice(batches, sum(size.batches))
-    ends = [time.perf_counter()]
-    ends += [time.perf_counter() for _ in load(run, dataset, preprocess, batches, workers)]
-    times = np.diff(ends) * 1000
-    return [times[0], *times[size.batches[0] :]]
-
-
 def time_encoding(size, argv: list[str], started: float) -> dict:
     """Rows/s of the pass over the data that --cache_latents makes, and of each of its two halves alone."""
     run, num_rows = set_up(argv), size.encoded_rows
@@ -236,63 +195,3 @@ def time_encoding(size, argv: list[str], started: float) -> dict:
         "encoders alone, pixels on the device, rows/s": num_rows / seconds(encode_batches, num_batches),
         f"reading JPEGs alone, {size.workers} workers, rows/s": num_rows / seconds(read),
     }
-
-
-def time_loader(size, argv: list[str], started: float) -> dict:
-    """images/s of the data loader that reads images, if nothing waits for them."""
-    run = set_up(argv)
-    _, *times = read_batches(run, run.dataset, run.preprocess, size, size.workers)
-    speed = run.args.train_batch_size * len(times) / sum(times) * 1000
-    return {f"loader without a cache, {size.workers} workers, images/s": speed}
-
-
-def time_growth(size, argv: list[str], started: float) -> dict:
-    """ms to read a batch of few and of many cached rows. The many are the same files mapped again and again,
-    so this measures how rows are found, not a disk."""
-    run, found = set_up(argv), {}
-    cached = cache(run, run.dataset)
-    empty = script.embed_captions(script.tokenize_captions([""], run.tokenizer), run.encoders[0])
-    preprocess = partial(script.preprocess_cached, args=run.args, empty_embeds=empty[0].cpu())
-    for num_rows in size.cached_rows:
-        first, *later = read_batches(run, repeat_rows(cached, num_rows), preprocess, size, workers=0)
-        found[f"a batch from {num_rows:,} cached rows, ms"] = statistics.median(later)
-        found[f"the first one, from {num_rows:,} cached rows, ms"] = first
-    return found
-
-
-# -------------------------------------------------------------------------------------------------- exactness
-def compare_gradients(size, argv: list[str], started: float) -> dict:
-    """The relative error of a step's gradient compared with float32's, with --mixed_precision alone and with
-    --compile. Without dropout, for which each would use other random numbers."""
-    run = set_up(argv)
-    prior, accelerator = run.prior.train(), run.accelerator
-    for module in prior.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    latents, prompt_embeds = encode(run)
-    image_embeds = (latents.float() + script.LATENT_STD) / script.LATENT_MEAN
-    noise = torch.randn_like(image_embeds)
-    timesteps = torch.linspace(0.05, 0.95, len(noise), device=noise.device)
-    noisy_latents = diffusers.DDPMWuerstchenScheduler().add_noise(image_embeds, noise, timesteps)
-
-    def compute_gradients(precision, prompt_embeds: torch.Tensor) -> dict:
-        prior.zero_grad()
-        with precision:
-            pred_noise = prior(noisy_latents, timesteps, prompt_embeds)
-        F.mse_loss(pred_noise.float(), noise).backward()
-        # Softmax does not depend on a bias of the keys: its gradient is only rounding.
-        weights = {name: p for name, p in prior.named_parameters() if not name.endswith("to_k.bias")}
-        return {name: p.grad.to("cpu", torch.float32, copy=True) for name, p in weights.items()}
-
-    exact, found = compute_gradients(contextlib.nullcontext(), prompt_embeds.float()), {}
-    for name in ("without", "with"):
-        if name == "with":
-            script.compile_prior(prior, accelerator, run.args, prompt_embeds[:1])
-        gradients = compute_gradients(accelerator.autocast(), prompt_embeds)
-        errors = {n: (gradients[n] - exact[n]).norm().item() for n in exact}
-        norms = {n: exact[n].norm().item() for n in exact}
-        total_error = math.hypot(*errors.values()) / math.hypot(*norms.values())
-        label = f"{run.args.mixed_precision} {name} --compile"
-        found[f"{label}, error"] = total_error
-        found[f"{label}, worst tensor's"] = max(errors[n] / norms[n] for n in exact)
-    return found

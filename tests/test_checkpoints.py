@@ -641,6 +641,23 @@ def test_a_busy_old_result_is_replaced_and_what_stays_is_a_warning(train, run_co
     assert_complete(train(**LONGER, output_dir=run_copy).ok(), expected)
 
 
+def test_a_busy_file_in_an_old_checkpoint_costs_no_newer_one(train):
+    busy = set()
+
+    def is_busy(path, **kwargs):
+        inode = os.stat(path, follow_symlinks=False, **kwargs).st_ino
+        if not busy and str(path).endswith("optimizer.bin"):
+            busy.add(inode)
+        return inode in busy
+
+    flags = SHORT | {"max_train_steps": 4, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    run = train(functools.partial(refuse, ["unlink"], errno.EBUSY, is_busy), **flags).ok()
+    assert run.output.count("Saved ") == 4 and "not saved" not in run.output
+    assert run.output.count("Deleting ") == 1 and [file.name for file in run.folder.glob("checkpoint-*")] == [
+        "checkpoint-4"
+    ]
+
+
 FULL = {  # what is being written when there is no space left
     "the prior": (script.CLIPTextModel, "save_pretrained"),
     "the decoder": (script.wuerstchen.PaellaVQModel, "save_pretrained"),

@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -199,8 +200,15 @@ def test_a_dev_shm_that_is_small_or_cannot_be_written_is_one_line(train, option)
     flags = {"resolution": 256, "train_batch_size": 16, "dataloader_num_workers": 2, "max_train_steps": 2}
     patch = functools.partial(mount, "-t", "tmpfs", "-o", option, "tmpfs", "/dev/shm")
     error = train(patch, timeout=60, **flags).error()
-    assert error.startswith("--dataloader_num_workers=2: ")
-    assert option == "ro" or ("use fewer" in error and "/dev/shm" in error)
+    assert error.startswith("--dataloader_num_workers=2: ") and "use fewer" in error and "/dev/shm" in error
+
+
+def test_workers_that_cannot_be_started_are_one_line_within_seconds(train):
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20,) * 2)
+
+    run = train(limit_files, timeout=60, **SHORT, dataloader_num_workers=16)
+    assert run.error().startswith("--dataloader_num_workers=16: ") and "use fewer" in run.error()
 
 
 @needs_mounts

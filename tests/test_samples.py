@@ -178,6 +178,10 @@ def test_a_shape_with_fewer_rows_than_a_micro_batch_joins_the_nearest_that_has_e
     assert held_out_apart == [(128, 128)] * 14
     assert load_sizes(folder, batch_size=9)[1] == [(128, 128)] * 14
     assert load_sizes(folder, batch_size=2)[1] == [SHAPES[shape] for shape in wanted]
+    for row in range(8):  # of which one cannot read the shape
+        (folder / f"{row:02d}.png").write_bytes(b"no image")
+    known, unknown = [SHAPES[shape] for shape in wanted[8:]], [SHAPES[64, 30]] * 8
+    assert load_sizes(folder, batch_size=1)[1] == unknown + known, "they have the most frequent one"
 
 
 # ------------------------------------------------------------------------------------------- order of samples
@@ -363,6 +367,8 @@ def test_the_only_image_of_its_shape_may_be_unreadable(train, tmp_path):
     cut_in_half(folder / "06.png")
     (folder / "07.png").write_bytes(b"no image")
     flags = RUN | {"train_data_dir": folder, "validation_split": None, "max_train_steps": 4}
+    alone = train(**flags | {"train_batch_size": 1, "max_train_steps": 10}, skip_bad_rows=True)
+    assert alone.returncode == 0 and "Skipped row 6" in alone.output, alone
     run = train(**flags, skip_bad_rows=True, record=True)
     assert run.returncode == 0, run
     skipped = re.findall(r"Skipped row \d+: the image \(\S*/(\d+)\.png\) cannot be read", run.output)

@@ -97,6 +97,38 @@ def test_loss_gradient_and_step_are_those_of_the_formulas(train, models, steady_
     run_in_fork(check)
 
 
+@pytest.mark.slow
+def test_losses_over_200_steps_are_those_of_the_references_loop(train, steady_prior):
+    """Of the script of the same name in diffusers, on the same embeddings and noise."""
+    flags = {"learning_rate": 1e-4, "max_train_steps": 200, "checkpointing_steps": 200, "record": True}
+    flags |= {"train_batch_size": 8, "gradient_accumulation_steps": 2}
+    run = train(**flags, pretrained_prior_model_name_or_path=steady_prior, timeout=900)
+    assert run.returncode == 0, run
+
+    def check():
+        prior = WuerstchenPrior.from_pretrained(steady_prior / "prior").train()
+        noise_scheduler = script.DDPMWuerstchenScheduler()
+        settings = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.0, "eps": 1e-8}
+        optimizer = torch.optim.AdamW(prior.parameters(), **settings)
+        losses = []
+        for batch in run.record["steps"]:
+            image_embeds = batch["latents"].add(1.0).div(42.0)
+            noisy_latents = noise_scheduler.add_noise(image_embeds, batch["noise"], batch["timesteps"])
+            pred_noise = prior(noisy_latents, batch["timesteps"], batch["prompt_embeds"])
+            loss = torch.nn.functional.mse_loss(pred_noise.float(), batch["noise"].float(), reduction="mean")
+            (loss / 2).backward()
+            losses.append(loss.item())
+            if len(losses) % 2 == 0:
+                torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        losses = np.reshape(losses, (200, 2)).mean(axis=1)
+        assert np.abs(losses - list(run.losses().values())).max() < 3e-7
+        assert losses[-50:].mean() < 0.95 * losses[:50].mean(), "the weights have changed"
+
+    run_in_fork(check)
+
+
 def test_p2_weights_each_sample_by_its_share_of_noise(train, steady_prior):
     t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     assert (1 - alpha_bar(t)).mean().item() == pytest.approx(0.54, abs=0.05)

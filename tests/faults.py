@@ -51,11 +51,11 @@ def main():
         fault["name"]: fault for fault in json.loads((TESTS / "faults.json").read_text(encoding="utf-8"))
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[[], *faults], default=list(faults), metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults; all by default")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for the tests of one fault")
     args = parser.parse_args()
     results = []
-    for name in args.names:
+    for name in args.names or faults:
         result, detail = try_fault(faults[name], args.timeout)
         results.append(result)
         print(f"{name:32} {result:14} {detail}", flush=True)

@@ -148,7 +148,7 @@ def test_a_finished_run_is_resumed_with_more_steps_or_only_writes_its_result(tra
 
 ELASTIC = SMALL | HELD_OUT | AUGMENTED | {"max_train_samples": 20, "validation_split": 6, "use_ema": True}
 ELASTIC |= {"adam_epsilon": 1e-3, "max_grad_norm": 0.1, "record": True}
-ELASTIC |= {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10}
+ELASTIC |= {"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:1,0.5:2,0.8:3,0.6:4,1"}
 # Processes, micro-batch and micro-steps of the unbroken run, and of runs that take two steps each.
 SPLITS = {
     "two ranks, then one": [(1, 2, 4), (2, 2, 2), (1, 2, 4)],

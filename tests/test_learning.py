@@ -77,7 +77,6 @@ def test_content_outside_the_central_square_is_learned_with_buckets(untrained, i
         panoramas = [Image.open(folder / row["file_name"]) for row in rows[shape::2]]
         latents = encode_images(panoramas, size, script.parse_args(argv))
         found = recall(load_pipeline(run.folder), [row["text"] for row in rows[shape::2]], latents)
-        print(found)
         assert has_learned(found), found
 
 

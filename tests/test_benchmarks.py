@@ -4,7 +4,6 @@
 import importlib.util
 import json
 import math
-import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -108,14 +107,3 @@ def test_the_operations_are_those_that_pytorch_counts():
     expected = 3 * counter.get_total_flops()
     assert tflop_per_image(dict(prior.config), 6) * 1e12 == pytest.approx(expected, rel=1e-9)
     assert tflop_per_image({"c_in": 16} | REAL_PRIOR, 24) == pytest.approx(3.461, rel=1e-3), "as published"
-
-
-def test_growth_is_measured_for_each_size():
-    sizes = {"rows": [100, 2000], "steps": [10, 3000], "checkpoints": [1, 30]}
-    flags = [word for kind, counts in sizes.items() for word in (f"--{kind}", *counts)]
-    done = run_command([sys.executable, TESTS / "benchmarks" / "growth.py", *flags])
-    assert done.returncode == 0, done.stdout
-    rows = re.findall(r"^\| ([\d,]+) (\w+) \| (.+) \| (\S+) \| (\S+) \|$", done.stdout, re.MULTILINE)
-    found = {(kind, int(count.replace(",", ""))) for count, kind, *_ in rows}
-    assert found == {(kind, count) for kind, counts in sizes.items() for count in counts}
-    assert len(rows) == 2 * (7 + 3 + 1) and all(float(seconds) > 0 for *_, seconds, _ in rows)

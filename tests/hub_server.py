@@ -102,7 +102,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keeps connections open, as the Hub does
 
     def serve(self):
-        self.hub, path, self.headers_out = self.server.hub, urlsplit(self.path).path, {}
+        self.hub, path = self.server.hub, urlsplit(self.path).path
+        self.status, self.headers_out = 200, {}
         self.hub.requests.append((self.command, unquote(path), self.headers["Authorization"]))
         status, size = self.hub.fail(self.command, path), int(self.headers["Content-Length"] or 0)
         # Read in any case: otherwise the next request would begin inside this one's body.
@@ -113,7 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(status, b"<html><body>as gateways answer</body></html>")
         else:
             try:
-                self.reply(200, self.answer(path))
+                content = self.answer(path)
+                self.reply(self.status, content)
             except HubError as error:
                 status, message, *code = error.args
                 self.headers_out |= {"X-Error-Message": message, "X-Error-Code": "".join(code)}
@@ -170,9 +172,10 @@ class Handler(BaseHTTPRequestHandler):
         self.require_write(namespace)
         name = f"{namespace}/{request['name']}"
         if name in self.hub.repos:
-            raise HubError(409, "You already created this model repo")
-        private = request.get("visibility") == "private" or request.get("private") is True  # old clients
-        self.hub.add_repo(name, private=private)
+            self.status = 409
+        else:
+            private = request.get("visibility") == "private" or request.get("private") is True  # old clients
+            self.hub.add_repo(name, private=private)
         return {"url": f"{self.hub.url}/{name}", "name": name}
 
     def preupload(self, name):

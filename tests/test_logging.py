@@ -53,8 +53,7 @@ VAL_METRICS = ("val_loss", "val_loss_t0.0", "val_loss_t0.25", "val_loss_t0.5", "
 
 @pytest.fixture(scope="module")
 def uninterrupted(train):
-    run = train(**TRACKED)
-    assert run.returncode == 0, run
+    run = train(**TRACKED).ok()
     return run
 
 
@@ -131,8 +130,7 @@ def install_stand_ins(file):
 def test_each_of_several_trackers_gets_numbers_settings_and_images_with_prompts(train, tmp_path):
     flags = {"validation_prompts": PROMPTS[:2], "max_train_steps": 2, "hub_token": TOKEN}
     flags |= {"report_to": "comet_ml,trackio,tensorboard"}
-    run = train(functools.partial(install_stand_ins, tmp_path / "logged.pt"), **RUN | flags)
-    assert run.returncode == 0, run
+    run = train(functools.partial(install_stand_ins, tmp_path / "logged.pt"), **RUN | flags).ok()
     for logged in torch.load(tmp_path / "logged.pt", weights_only=False).values():
         for column in (*TRAIN_METRICS, "val_loss"):
             numbers = {step: value for tag, step, value in logged["numbers"] if tag == column}
@@ -468,8 +466,7 @@ def test_a_killed_and_resumed_run_logs_each_step_once_with_the_uninterrupted_run
     killed = train(functools.partial(kill_at, function, step), **flags)
     assert killed.returncode == -signal.SIGKILL, killed
     assert max(killed.losses()) >= resumed_from
-    resumed = train(**flags, resume_from_checkpoint="latest")
-    assert resumed.returncode == 0, resumed
+    resumed = train(**flags, resume_from_checkpoint="latest").ok()
     assert f"from step {resumed_from} to 7" in resumed.output
     assert_logged_alike(resumed, uninterrupted)
     ids = [
@@ -487,8 +484,7 @@ def test_resuming_a_finished_run_logs_no_step_twice(train, uninterrupted, tmp_pa
     shutil.copytree(uninterrupted.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-7")
     flags = TRACKED | {"report_to": "none", "max_train_steps": 6, "output_dir": tmp_path / "run"}
-    resumed = train(**flags, resume_from_checkpoint="latest")
-    assert resumed.returncode == 0, resumed
+    resumed = train(**flags, resume_from_checkpoint="latest").ok()
     for name in ("train_loss", "val_loss"):
         numbers = uninterrupted.losses(name).items()
         assert resumed.losses(name) == {step: number for step, number in numbers if step <= 6}
@@ -503,8 +499,7 @@ def test_images_belong_to_their_prompts(train, tmp_path):
     tomato, llama = (train(**flags | {"validation_prompts": [name]}) for name in ("tomato", "llama"))
     shutil.copytree(tomato.folder, tmp_path, dirs_exist_ok=True)
     flags |= {"validation_prompts": ["llama"], "output_dir": tmp_path, "resume_from_checkpoint": "latest"}
-    resumed = train(**flags)
-    assert resumed.returncode == 0, resumed
+    resumed = train(**flags).ok()
     old, new = tomato.samples(), llama.samples()
     assert not np.array_equal(old[2, 0], new[2, 0])
     assert equal_images(resumed.samples(), {(0, 0): old[0, 0], (2, 0): new[2, 0]})
@@ -518,6 +513,5 @@ def test_images_belong_to_their_prompts(train, tmp_path):
 def test_overwriting_the_output_folder_starts_all_logs_again(train, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted.folder, tmp_path / "run")
     flags = {"max_train_steps": 2, "validation_prompts": PROMPTS[:1], "seed": 1}
-    run = train(**RUN | flags, output_dir=tmp_path / "run", overwrite_output_dir=True)
-    assert run.returncode == 0, run
+    run = train(**RUN | flags, output_dir=tmp_path / "run", overwrite_output_dir=True).ok()
     assert_logged_alike(run, train(**RUN | flags))

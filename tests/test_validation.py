@@ -87,8 +87,7 @@ def read_record(run, rank=0):
 
 @pytest.fixture
 def run_with_ema(train, small):
-    run = train(patch=record_validation, train_data_dir=small, **WITH_EMA)
-    assert run.returncode == 0, run
+    run = train(patch=record_validation, train_data_dir=small, **WITH_EMA).ok()
     return run
 
 
@@ -231,8 +230,7 @@ def test_held_out_rows_are_the_same_each_time_and_never_trained_on(run_with_ema,
 def test_neither_validation_nor_trackers_change_a_bit_of_the_training(run_with_ema, train, small):
     """The same rows are held out; no images, other intervals and no trackers."""
     flags = {"validation_prompts": None, "validation_steps": None, "validation_epochs": 50}
-    other = train(train_data_dir=small, **WITH_EMA | flags | {"report_to": "none", "record": False})
-    assert other.returncode == 0, other
+    other = train(train_data_dir=small, **WITH_EMA | flags | {"report_to": "none", "record": False}).ok()
     # Before the first step, after the first epoch and at the end.
     assert list(other.losses("val_loss")) == [0, 2, 7] and not (other.folder / "samples").exists()
     for place in ((2, "prior"), (6, "prior"), (6, "prior_ema"), ()):
@@ -326,8 +324,7 @@ SIZES = {"": (128, 128), "-128x256": (128, 256), "-250x140": (256, 128)}  # the 
 def test_each_prompt_is_generated_at_each_size(train, models, small):
     sizes = [128, 256, 250, 140]
     flags = {"max_train_steps": 2, "validation_steps": 2, "validation_prompts": PROMPTS[:2]}
-    run = train(train_data_dir=small, validation_size=sizes, **flags)
-    assert run.returncode == 0, run
+    run = train(train_data_dir=small, validation_size=sizes, **flags).ok()
     names = [f"step-{s:07d}-prompt-{p}{size}.png" for s in (0, 2) for p in (0, 1) for size in SIZES]
     samples = run.folder / "samples"
     assert sorted(file.name for file in samples.iterdir()) == sorted([*names, "contact-sheet.png"])

@@ -1731,8 +1731,8 @@ def save_checkpoint(
             saved = True
             logger.info(f"Saved {checkpoint}")
             for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
-                old.rename(args.output_dir / f".{old.name}")
-            for old in args.output_dir.glob(".checkpoint-*"):  # also after a crash or a busy file
+                old.rename(args.output_dir / f".deleted-{old.name}")
+            for old in args.output_dir.glob(".deleted-*"):  # also after a crash or a busy file
                 with only_warn(f"Deleting {old}"):
                     delete(old)
         except Exception as error:  # torch and safetensors raise errors of their own for a full disk

@@ -292,6 +292,7 @@ def test_an_output_dir_that_is_a_file_is_refused(train, tmp_path):
 # --------------------------------------------------------------------------------- Accelerate's configuration
 
 
+@pytest.mark.slow
 def test_accumulation_steps_in_the_environment_do_not_override_the_flag(train):
     """`accelerate launch` exports its configuration's number."""
     flags = {"gradient_accumulation_steps": 2, "max_train_steps": 3, "record": True}

@@ -446,6 +446,7 @@ def test_a_bad_row_ends_the_pass_in_one_line(train, broken_images, tmp_path, wor
     assert len(cache_files(tmp_path)) == (shard_size == 2), "the first shard was complete"
 
 
+@pytest.mark.slow
 def test_bad_rows_are_skipped_as_without_the_cache(train, new_run, broken_images, tmp_path):
     """The same rows replace them: of the held-out ones, others that are held out. Each run names them."""
     folder, files = broken_images
@@ -476,6 +477,7 @@ def fail_to_read(file):
     script.load_image = load_image
 
 
+@pytest.mark.slow
 def test_a_row_that_could_not_be_read_is_encoded_as_soon_as_it_can(new_run, images, tmp_path):
     """Though its file has not changed."""
     folder = tmp_path / "images"
@@ -516,6 +518,7 @@ def cache_and_check():
     script.cache_latents = cache_latents_and_check
 
 
+@pytest.mark.slow
 def test_rows_of_two_sizes_are_mapped_from_few_files_and_not_held_in_memory(new_run, images, tmp_path):
     """Every file stays open, and a process may open only about a thousand of them. A pass writes few rows at
     a time: 1,000, as `datasets` would, take 1 GB with five captions each."""

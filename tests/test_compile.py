@@ -165,7 +165,7 @@ ON_GPU = [(n, on | p, None) for n in (1, 3) for on in ({}, CHECKPOINTING) for p 
 @pytest.mark.parametrize(
     ("accumulation", "flags", "backend"),
     [
-        *(pytest.param(*case, marks=[cpu_only, slow] if i else [cpu_only]) for i, case in enumerate(ON_CPU)),
+        *(pytest.param(*case, marks=[cpu_only, slow]) for case in ON_CPU),
         *(pytest.param(*case, marks=gpu_only) for case in ON_GPU),
     ],
 )

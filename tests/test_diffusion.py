@@ -346,7 +346,8 @@ def print_attention_calls():
     block.forward = print_and_forward
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_bit_but_one_sum(train_ranks, ranks):
     """With dropout. The first bias has its gradient added up in another order, and later steps differ by that
     rounding, of which Adam's usual epsilon would make more."""

@@ -127,6 +127,7 @@ def test_an_edited_script_trains_alike_with_checkpointing_and_from_a_cache(
     assert losses == pytest.approx(train_edited(name).losses(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_loss_changes_for_training_and_held_out_rows(train_edited):
     """Half the squared error below 1, linear above: at most half the MSE."""
     huber, plain = train_edited("loss"), train_edited("none")
@@ -134,6 +135,7 @@ def test_the_loss_changes_for_training_and_held_out_rows(train_edited):
         assert 0 < huber.losses(column)[step] <= 0.5 * plain.losses(column)[step]
 
 
+@pytest.mark.slow
 def test_the_jitter_changes_training_alone_and_is_not_frozen_into_a_cache(train, train_edited, edit):
     jittered, plain = train_edited("jitter"), train_edited("none")
     assert jittered.losses()[1] != plain.losses()[1]
@@ -212,6 +214,7 @@ def test_a_typo_shows_its_traceback_and_ends_the_run(train, edit, tmp_path, func
     assert "NameError: name 'Lion' is not defined" in run.output.strip().splitlines()[-1], run
 
 
+@pytest.mark.slow
 def test_a_typo_in_the_logging_of_images_is_one_warning_with_its_traceback(train, edit):
     patch = edit("log_images_to_tracker", "tracker.name.uper()")
     run = train(patch=patch, **FLAGS, validation_prompts=["an owl"])

@@ -68,7 +68,7 @@ def test_content_outside_the_central_square_is_learned_with_buckets(untrained, i
         assert (square == 255).all(), "without buckets there is nothing to learn"
         rows.append({"file_name": f"{index}.png", "text": row["text"]})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"train_data_dir": folder, "resolution": 96, "train_batch_size": 16, "max_train_steps": 1600}
+    flags = {"train_data_dir": folder, "resolution": 96, "train_batch_size": 16, "max_train_steps": 2400}
     argv = make_flags(untrained, tmp_path / "run", aspect_ratio_buckets=True, **flags)
     run = train(argv=argv, output_dir=tmp_path / "run", timeout=600).ok()
     for shape, size in ((1, (64, 128)), (0, (128, 64))):

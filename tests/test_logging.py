@@ -510,6 +510,7 @@ def test_images_belong_to_their_prompts(train, tmp_path):
     assert (cells[0, 0, 72:256, 4:188] == 255).all(), "empty"
 
 
+@pytest.mark.slow
 def test_overwriting_the_output_folder_starts_all_logs_again(train, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted.folder, tmp_path / "run")
     flags = {"max_train_steps": 2, "validation_prompts": PROMPTS[:1], "seed": 1}

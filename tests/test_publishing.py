@@ -552,6 +552,7 @@ print(json.dumps(messages))
 """
 
 
+@pytest.mark.slow
 def test_a_repo_that_cannot_be_written_is_refused_at_the_start(models, tmp_path):
     """In one process after another. The images do not exist, which is checked later."""
     folders = (models, tmp_path / "nowhere", tmp_path / "out")

@@ -220,8 +220,9 @@ def test_settings_that_are_rarely_meant_are_reported(train):
         "more samples than there are rows",
     ):
         assert re.search(f"WARNING .*{line}", run.output), (line, run)
-    run = train(max_train_samples=4, max_train_steps=3, lr_scheduler="cosine", lr_warmup_steps=2)
-    assert run.returncode == 0 and "WARNING" not in run.output, run
+    epochs = {"max_train_samples": 8, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
+    run = train(**epochs, max_train_steps=None, lr_scheduler="cosine", lr_warmup_steps=2).ok()
+    assert "WARNING" not in run.output and max(run.losses()) == 3, "steps of eight samples"
 
 
 # ------------------------------------------------------------------------------------------ models and output

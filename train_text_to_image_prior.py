@@ -1523,12 +1523,13 @@ def cache_latents(
         """A shard in row order, or None if it is truncated, or an unreadable image is readable now."""
         with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are ValueErrors
             encoded = datasets.Dataset.from_file(str(file))
-            encoded = encoded.select(np.argsort(encoded.data["position"]), keep_in_memory=True)
-            for row, error in zip(rows, encoded["unreadable"], strict=True):
+            positions, errors = (encoded.data[name].to_pylist() for name in ("position", "unreadable"))
+            for position, error in zip(positions, errors, strict=True):
                 with contextlib.suppress(ValueError):
-                    if error and load_image(dataset[row][args.image_column]):
+                    if error and load_image(dataset[rows[position]][args.image_column]):
                         return None
-            return encoded
+            order = np.argsort(positions)
+            return encoded.select(order, keep_in_memory=True) if len(order) == len(rows) else None
 
     def load_or_encode(start: int, timeout: float) -> datasets.Dataset | None:
         file, rows = folder / f"{start:09d}.arrow", range(start, min(start + shard_size, len(dataset)))

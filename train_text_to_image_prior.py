@@ -756,8 +756,8 @@ def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.Wue
     """The pipeline that decodes the prior's latents to images. Its components are loaded by their own
     classes, since the classes that its model_index.json names could be code in the folder."""
     classes = {
+        "text_encoder": CLIPTextModel,  # first, since transformers 4 reports no errors of a tokenizer
         "tokenizer": CLIPTokenizerFast,
-        "text_encoder": CLIPTextModel,
         "decoder": wuerstchen.WuerstchenDiffNeXt,
         "scheduler": DDPMWuerstchenScheduler,
         "vqgan": wuerstchen.PaellaVQModel,
@@ -1250,9 +1250,12 @@ def read_ratio(value: dict) -> float:
     with contextlib.suppress(Exception):
         file = io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
         with Image.open(file, formats=IMAGE_FORMATS) as image:
+            is_tiff = image.format == "TIFF"  # newer versions of Pillow have turned its size already
+            width, height = (image.tag_v2[256], image.tag_v2[257]) if is_tiff else image.size
             # Without "exif" in `info`, getexif() may decode the image.
-            turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return (image.height / image.width) ** (-1 if turned else 1)
+            has_exif = is_tiff or "exif" in image.info
+            turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return (height / width) ** (-1 if turned else 1)
     return math.nan
 
 

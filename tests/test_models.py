@@ -279,6 +279,7 @@ def test_all_weights_of_the_prior_are_trained_and_none_of_the_encoders(train, mo
         assert not step["image_encoder_training"] and not step["text_encoder_training"]
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="it asks CUDA's driver about such tensors")
 def test_the_offloaded_average_is_in_main_memory():
     """With tensors that have a device and no content: PyTorch refuses to compute with those of two devices,
     as it would on a GPU."""

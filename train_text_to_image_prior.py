@@ -1063,7 +1063,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 # Finds the captioned images or the data files in a folder.
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Includes formats that are not opened, so that a captioned image never disappears silently.
-IMAGE_SUFFIXES = {*Image.registered_extensions(), ".avif", ".heic", ".heif", ".jxl"}
+IMAGE_SUFFIXES = (*Image.registered_extensions(), ".avif", ".heic", ".heif", ".jxl")
 # Suffixes and `datasets` builders of data files. The first suffix found is read: img2dataset writes a Parquet
 # file without images beside each tar.
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
@@ -1116,9 +1116,8 @@ def select_train_files(files: list[str], root: str) -> list[str]:
     folder; a data file's is any folder or its name, such as test-00000-of-00001.parquet."""
     splits = {}
     for file in files:
-        pattern = (
-            r"(?:.*/)?%s(/|(-\d{5}-of-\d{5})?\.\w+$)" if Path(file).suffix.lower() in BUILDERS else "%s/"
-        )
+        is_data_file = file.lower().endswith(tuple(BUILDERS))
+        pattern = r"(?:.*/)?%s(/|(-\d{5}-of-\d{5})?\.\w+$)" if is_data_file else "%s/"
         match = re.match(pattern % "(train|validation|test)", Path(os.path.relpath(file, root)).as_posix())
         splits.setdefault(match and match[1], []).append(file)
     wanted = "train" if "train" in splits else None
@@ -1153,7 +1152,7 @@ def read_image_folder(root: str, files: list[str], caption_column: str) -> list[
     text_files = {os.path.splitext(file)[0]: file for file in files if file.lower().endswith(".txt")}
     uncaptioned = []
     for image in files:
-        if Path(image).suffix.lower() in IMAGE_SUFFIXES and image not in named_in:
+        if image.lower().endswith(IMAGE_SUFFIXES) and image not in named_in:
             text_file = text_files.get(os.path.splitext(image)[0])
             if text_file:
                 text = Path(text_file).read_text(encoding="utf-8-sig", errors="surrogateescape").strip()
@@ -1208,8 +1207,9 @@ def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]
 
 def load_data_files(root: str, files: list[str], args: argparse.Namespace) -> datasets.Dataset:
     """Loads data files by `datasets`. Other columns may differ between files."""
-    suffixes = {Path(file).suffix.lower() for file in files}
-    suffix = next((suffix for suffix in BUILDERS if suffix in suffixes), None)
+    suffix = next(
+        (suffix for suffix in BUILDERS if any(file.lower().endswith(suffix) for file in files)), None
+    )
     if suffix is None:
         raise ValueError(
             "it has no captioned images, WebDataset (.tar), Parquet or Arrow files. Write captions to "
@@ -1392,12 +1392,6 @@ def load_batches(
     """Yields batches on the device; `batches` has the positions and rows of each. An unreadable row, a dead
     worker, or a signal in `signals` while storage hangs, ends the run."""
     num_workers = args.dataloader_num_workers
-    # PyTorch's handler would raise at any point when a worker dies; `next` raises that error anyway.
-    torch.utils.data._utils.signal_handling._set_SIGCHLD_handler = lambda: None
-    # Otherwise __del__ prints a traceback if the iterator cannot be created (read-only /dev/shm, ulimit).
-    torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__del__ = lambda self: (
-        hasattr(self, "_workers_status") and self._shutdown_workers()
-    )
     dataloader = DataLoader(
         SampleDataset(dataset, sizes, rows, functools.partial(preprocess, train=train), args),
         batch_sampler=batches,
@@ -1471,13 +1465,12 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
 def preprocess_row(row: dict, size: tuple[int, int], train: bool, args: argparse.Namespace) -> dict:
     """A row as pixels, (3, height, width) uint8, all its captions and, with --skip_bad_rows, the error if its
     image cannot be read."""
-    pixels, unreadable = torch.zeros(3, *size, dtype=torch.uint8), ""
     try:
-        pixels = make_image_transforms(size)(load_image(row[args.image_column]))
+        pixels, unreadable = make_image_transforms(size)(load_image(row[args.image_column])), ""
     except ValueError as error:
         if not args.skip_bad_rows:
             raise
-        unreadable = str(error)
+        pixels, unreadable = torch.zeros(3, *size, dtype=torch.uint8), str(error)
     captions = list_captions(row, args)
     return {"effnet_pixel_values": pixels, "captions": captions, "unreadable": unreadable}
 
@@ -1796,6 +1789,12 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
             f"accelerate config: mixed_precision={precision} is not supported; choose no, fp16 or bf16"
         )
     atexit.register(kill_workers)
+    # PyTorch's handler would raise at any point when a worker dies; `load_batches` gets that error anyway.
+    torch.utils.data._utils.signal_handling._set_SIGCHLD_handler = lambda: None
+    # Otherwise __del__ prints a traceback if workers cannot be started (read-only /dev/shm, ulimit).
+    torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__del__ = lambda self: (
+        hasattr(self, "_workers_status") and self._shutdown_workers()
+    )
     sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     if args.hub_token:  # wandb and comet_ml record the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
@@ -1943,6 +1942,7 @@ def printable(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------- logging
 # Writes metrics and images to the output folder and the trackers.
+SAMPLE_FILE = "samples/step-{:07d}-{}.png"  # of a step and one of the `validation_images`
 
 
 def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: dict):
@@ -1993,7 +1993,7 @@ def truncate_logs(args: argparse.Namespace, state: dict):
 
 def find_sample(args: argparse.Namespace, global_step: int, prompt: str, name: str) -> Path | None:
     """The file of a validation image. None if it is missing or shows another prompt."""
-    file = args.output_dir / "samples" / f"step-{global_step:07d}-{name}.png"
+    file = args.output_dir / SAMPLE_FILE.format(global_step, name)
     with contextlib.suppress(OSError), Image.open(file) as image:
         return file if image.info.get("prompt") == prompt else None
 
@@ -2021,7 +2021,7 @@ def log_images(
             text = PngImagePlugin.PngInfo()
             text.add_itxt("prompt", prompt)
             text.add_itxt("settings", training_command(args))
-            file = args.output_dir / "samples" / f"step-{global_step:07d}-{name}.png"
+            file = args.output_dir / SAMPLE_FILE.format(global_step, name)
             file.parent.mkdir(exist_ok=True)
             image.save(file.with_name("partial.png"), pnginfo=text)  # renamed when it is complete
             file.with_name("partial.png").rename(file)

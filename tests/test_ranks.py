@@ -209,7 +209,7 @@ def check_buckets():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("accumulation", [1, 3])
 def test_gradients_in_ddps_buckets_change_no_bit(train_ranks, accumulation):
     flags = FLAGS | {"gradient_accumulation_steps": accumulation}
     run, copied = (finished(train_ranks(patch, **flags))[0] for patch in (check_buckets, copy_gradients))

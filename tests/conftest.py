@@ -9,7 +9,8 @@ Keywords are the command's flags, on top of those in `tiny_args`; others are exp
 starts in an empty folder of its own. A `Run` has its exit status, its output, and readers of what it wrote.
 
 A fork has what the test has monkeypatched, and runs what is given as `patch`; it cannot have another value of
-what libraries read when they are imported (HF_ENDPOINT, OMP_NUM_THREADS): that needs a new process.
+what libraries read when they are imported (HF_ENDPOINT, OMP_NUM_THREADS): that needs a new process. To save
+time, forks make images in few steps, and their image encoder is a small one.
 """
 
 import functools
@@ -59,6 +60,7 @@ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import tiny_models  # noqa: E402
 import torch  # noqa: E402
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
@@ -110,11 +112,18 @@ def images():
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A folder with tiny models in `prior`, `decoder` and `encoder`. Do not write to it."""
-    from tiny_models import make_tiny_models
-
+    """A folder with tiny models in `prior`, `decoder` and `encoder`. Do not write to it. The encoder has a
+    small backbone that only this process and its forks know; new processes get `full_encoder`."""
     folder = tmp_path_factory.mktemp("models")
-    make_tiny_models(folder)
+    tiny_models.make_tiny_models(folder, effnet="small")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_encoder(tmp_path_factory):
+    """A folder with an encoder of the published size."""
+    folder = tmp_path_factory.mktemp("full") / "encoder"
+    tiny_models.make_encoder(seed=4).save_pretrained(folder)
     return folder
 
 
@@ -305,6 +314,20 @@ def at_call(owner, name, call, action, rank=None):
     setattr(owner, name, counted)
 
 
+# The prior's and the decoder's steps for a validation image in a fork. By the defaults, which a `patch` of
+# `sample_finely` restores, images take most of the time of a run that has some.
+STEPS_OF_IMAGES = ([1.0, 0.6, 0.3, 0.0], 2)
+
+
+def set_steps_of_images(timesteps, decoder_steps):
+    script.wuerstchen.DEFAULT_STAGE_C_TIMESTEPS = timesteps
+    decoder = script.wuerstchen.WuerstchenDecoderPipeline
+    decoder.__call__ = functools.partialmethod(decoder.__call__, num_inference_steps=decoder_steps)
+
+
+sample_finely = functools.partial(set_steps_of_images, script.wuerstchen.DEFAULT_STAGE_C_TIMESTEPS, 12)
+
+
 def new_environment(env):
     """This process's environment with these changes; a variable that is None is removed."""
     return {name: str(value) for name, value in (os.environ | (env or {})).items() if value is not None}
@@ -349,6 +372,7 @@ def main_in_child(run, argv, env, patch, record):
     status = 0
     try:
         with record_models(run.record_file) if record else nullcontext():
+            set_steps_of_images(*STEPS_OF_IMAGES)
             if patch is not None:
                 patch()
             sys.modules[script.__name__].main(argv)  # a patch may have put an edited script there
@@ -564,7 +588,7 @@ def run_command(command, env=None, cwd=None, timeout=300):
 
 
 @pytest.fixture(scope="session")
-def train_fresh(start_run):
+def train_fresh(start_run, full_encoder):
     """train_fresh(launcher=(), env=None, timeout=600, patch="", wrapper=(), wait=True, argv=None, **flags):
     a Run.
 
@@ -593,6 +617,7 @@ def train_fresh(start_run):
                     start_new_session=True,
                 )
 
+        flags = {"pretrained_image_encoder_name_or_path": full_encoder} | flags
         runs.append(start_run(launch, argv, **flags))
         return runs[-1].finish(timeout) if wait else runs[-1]
 

@@ -244,12 +244,12 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\ns
 
 
 @pytest.mark.parametrize(("path", "kind"), [(path, kind) for path in BROKEN for kind in BROKEN[path]])
-def test_a_model_with_a_broken_file_is_refused(train, models, tmp_path, path, kind):
+def test_a_model_with_a_broken_file_is_refused(train, models, full_encoder, tmp_path, path, kind):
     """Also the decoder of a run without prompts: its result needs it."""
     name, file = path.split("/")[0], tmp_path / path
     shutil.copytree(models / name, tmp_path / name)
     if file.suffix == ".pt":
-        save_published_encoder(EfficientNetEncoder.from_pretrained(models / "encoder"), file)
+        save_published_encoder(EfficientNetEncoder.from_pretrained(full_encoder), file)
     content = file.read_bytes()
     file.write_bytes(POINTER.encode() if kind == "pointer" else content[: len(content) // 2])
     flag, value = f"pretrained_{FLAGS[name]}_name_or_path", file if file.suffix == ".pt" else tmp_path / name

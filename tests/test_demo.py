@@ -8,7 +8,7 @@ import shlex
 import pytest
 import tiny_models
 import torch
-from conftest import SCRIPT, script
+from conftest import SCRIPT, sample_finely, script
 from train_demo_decoder import SIDE, decode, load_pixels, nearest_images
 
 README = SCRIPT.with_name("README.md")
@@ -52,7 +52,7 @@ def read_first_command(folder):
 def test_the_first_command_of_the_readme_draws_its_prompts(tmp_path, train, images, pixels):
     tiny_models.make_demo_models(tmp_path / "models")
     arguments = read_first_command(tmp_path)
-    run = train(argv=arguments, output_dir=tmp_path / "run", timeout=900)
+    run = train(sample_finely, argv=arguments, output_dir=tmp_path / "run", timeout=900)
     assert run.returncode == 0, run
     captions = [json.loads(line)["text"] for line in (images / "metadata.jsonl").read_text().splitlines()]
     expected = [captions.index(prompt) for prompt in script.parse_args(arguments).validation_prompts]

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, load_weights, resumed, same_weights, script
+from conftest import SCRIPT, STEPS_OF_IMAGES, load_weights, resumed, same_weights, script
 from diffusers import AutoPipelineForText2Image
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -178,7 +178,8 @@ def test_the_result_generates_what_the_adapter_generated_in_validation(train_edi
     run = train_edited("LoRA", **flags)
     pipeline = AutoPipelineForText2Image.from_pretrained(run.folder)
     generator = torch.Generator().manual_seed(0)
-    arguments = {"prior_timesteps": script.wuerstchen.DEFAULT_STAGE_C_TIMESTEPS, "prior_guidance_scale": 4.0}
+    arguments = dict(zip(("prior_timesteps", "num_inference_steps"), STEPS_OF_IMAGES, strict=True))
+    arguments["prior_guidance_scale"] = 4.0
     image = pipeline("red apple", width=128, height=128, generator=generator, **arguments).images[0]
     first, last = (run.samples()[step, 0].astype(float) for step in (0, 4))
     errors = [np.abs(np.asarray(image) - sample).mean() for sample in (first, last)]

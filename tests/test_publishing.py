@@ -177,12 +177,12 @@ EXPECTED_FILES = {
 
 
 @contextmanager
-def small_hub(folder, models, images):
+def small_hub(folder, models, full_encoder, images):
     """A Hub with what the guide's command loads: tiny models and a data set of eight images."""
     shutil.copytree(models / "prior", folder / "prior")
     (folder / "prior" / "README.md").write_text("---\nlicense: mit\n---\n# A prior\n")
     (folder / "encoder").mkdir()
-    encoder = EfficientNetEncoder.from_pretrained(models / "encoder")
+    encoder = EfficientNetEncoder.from_pretrained(full_encoder)
     save_published_encoder(encoder, folder / "encoder" / "model_v2_stage_b.pt")
     (folder / "images").mkdir()
     lines = (images / "metadata.jsonl").read_text().splitlines()[:8]
@@ -216,21 +216,21 @@ def push(train_fresh, hub, folder, name, env, last_step, launcher=(), **flags):
 
 
 @pytest.fixture(scope="module")
-def guide(train_fresh, models, images, tmp_path_factory):
+def guide(train_fresh, models, full_encoder, images, tmp_path_factory):
     """The guide's command: everything is loaded from the Hub, with prompts and all trackers. It writes all,
     also wandb's files and a cache, into --output_dir, and pushes to a private repo."""
     folder = tmp_path_factory.mktemp("guide")
-    with small_hub(folder, models, images) as hub:
+    with small_hub(folder, models, full_encoder, images) as hub:
         env = {"WANDB_DIR": folder / "apples", "ACCELERATE_USE_CPU": "true"}
         flags = GUIDE | {"cache_dir": folder / "apples" / "cache", "hub_private_repo": True}
         yield push(train_fresh, hub, folder, "apples", env, 6, ACCELERATE_LAUNCH, **flags)
 
 
 @pytest.fixture(scope="module")
-def minimal(train_fresh, models, images, tmp_path_factory):
+def minimal(train_fresh, models, full_encoder, images, tmp_path_factory):
     """Local models and images, no prompts, no trackers, the token that `hf auth login` saves."""
     folder = tmp_path_factory.mktemp("minimal")
-    with small_hub(folder, models, images) as hub:
+    with small_hub(folder, models, full_encoder, images) as hub:
         (hub.folder / "client").mkdir(parents=True)
         (hub.folder / "client" / "token").write_text(TOKEN)
         flags = {"pretrained_prior_model_name_or_path": folder / "prior", "seed": None, "report_to": "none"}

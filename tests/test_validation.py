@@ -14,7 +14,7 @@ from unittest.mock import MagicMock, call
 import numpy as np
 import pytest
 import torch
-from conftest import distance, equal_images, same_weights, script
+from conftest import STEPS_OF_IMAGES, distance, equal_images, same_weights, script
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from tiny_models import read_images
@@ -120,10 +120,11 @@ def generate(models, prior_folder, prompts, width=128, height=128):
     size, images = {"width": width, "height": height}, []
     for prompt in prompts:
         settings = {"generator": torch.Generator().manual_seed(0)}
-        prior_settings = {"timesteps": wuerstchen.DEFAULT_STAGE_C_TIMESTEPS, "guidance_scale": 4.0}
+        timesteps, decoder_steps = STEPS_OF_IMAGES
+        prior_settings = {"timesteps": timesteps, "guidance_scale": 4.0}
         latents = prior_pipeline(prompt, **size, **prior_settings, **settings).image_embeddings
         images += decoder_pipeline(
-            latents, prompt, guidance_scale=0.0, num_inference_steps=12, **settings
+            latents, prompt, guidance_scale=0.0, num_inference_steps=decoder_steps, **settings
         ).images
     return [np.asarray(image).astype(int) for image in images]
 

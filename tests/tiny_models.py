@@ -25,13 +25,19 @@ import torch
 from diffusers import DDPMWuerstchenScheduler
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.models.efficientnet import FusedMBConv, MBConv
+from torchvision.models.efficientnet import (
+    EfficientNet,
+    FusedMBConv,
+    FusedMBConvConfig,
+    MBConv,
+    MBConvConfig,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.insert(0, str(DATA.parent.parent))
 
-from modeling_efficient_net_encoder import EfficientNetEncoder  # noqa: E402
+from modeling_efficient_net_encoder import BACKBONES, EfficientNetEncoder  # noqa: E402
 from train_text_to_image_prior import (  # noqa: E402
     load_image,
     make_image_transforms,
@@ -135,12 +141,25 @@ def read_images(folder, resolution):
     return normalize_pixels(torch.stack([image_transforms(image) for image in images]))
 
 
+def small_backbone(weights=None):
+    """efficientnet_v2_s with a fraction of its layers and channels: of each kind one block or two."""
+    blocks = [FusedMBConvConfig(ratio, 3, stride, *c, n) for ratio, stride, *c, n in FUSED]
+    blocks += [MBConvConfig(ratio, 3, stride, *c, n) for ratio, stride, *c, n in SEPARABLE]
+    return EfficientNet(blocks, dropout=0.2, last_channel=1280)
+
+
+# Expansion, stride, channels before and after, number of blocks.
+FUSED = [(1, 1, 24, 24, 1), (4, 2, 24, 24, 1), (4, 2, 24, 32, 1)]
+SEPARABLE = [(4, 2, 32, 32, 2), (6, 2, 32, 48, 2)]
+BACKBONES["small"] = small_backbone  # for processes that import this module, such as the tests' forks
+
+
 @torch.no_grad()
-def make_encoder(*, seed=0, resolution=64):
+def make_encoder(*, seed=0, resolution=64, effnet="efficientnet_v2_s"):
     """An EfficientNetEncoder with random weights whose latents of IMAGES are as the prior expects them:
     `(encoder(pixels) + 1) / 42` has mean 0 and deviation 1 in every channel."""
     with seeded(seed):
-        encoder = EfficientNetEncoder(c_latent=LATENT_CHANNELS).eval()
+        encoder = EfficientNetEncoder(c_latent=LATENT_CHANNELS, effnet=effnet).eval()
     # Forty random layers in a row are chaotic: rounding the weights to bf16 moves the latents by as much as
     # another image does. With the residual branches turned down it moves them by a few percent.
     for module in encoder.modules():
@@ -268,6 +287,7 @@ def make_tiny_models(
     text_encoder=None,
     decoder_and_vqgan=None,
     num_merges=NUM_MERGES,
+    effnet="efficientnet_v2_s",
     **prior_kwargs,
 ):
     """Writes `prior`, `decoder` and `encoder` into `folder` and returns their three paths.
@@ -300,7 +320,7 @@ def make_tiny_models(
     shutil.rmtree(decoder_folder / "tokenizer")
     copy_tokenizer(decoder_folder / "tokenizer", num_merges)
 
-    make_encoder(seed=seed + 4, resolution=resolution).save_pretrained(encoder_folder)
+    make_encoder(seed=seed + 4, resolution=resolution, effnet=effnet).save_pretrained(encoder_folder)
     return paths
 
 

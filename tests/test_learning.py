@@ -9,7 +9,9 @@ from learning import encode_images, load_pipeline, load_rows, make_flags, make_m
 from PIL import Image
 
 pytestmark = pytest.mark.slow
-NUM_IMAGES = 16
+NUM_IMAGES = 8
+# Fewer images than in learning.py need fewer steps.
+QUICK = {"train_batch_size": 8, "max_train_steps": 400, "learning_rate": 3e-3, "lr_warmup_steps": 50}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def learn(untrained, images, train, tmp_path):
     run of the command has saved. `fault` patches the script for the run."""
 
     def learn(*guidance_scales, fault=None, **flags):
-        settings = {"train_data_dir": images, "max_train_samples": NUM_IMAGES} | flags
+        settings = QUICK | {"train_data_dir": images, "max_train_samples": NUM_IMAGES} | flags
         argv = make_flags(untrained, tmp_path / "run", **settings)
         captions, latents = load_rows(argv)  # what should be learned, by the script as it is
         run = train(patch=fault, argv=argv, output_dir=tmp_path / "run", timeout=600).ok()
@@ -36,14 +38,14 @@ def learn(untrained, images, train, tmp_path):
 
 
 def has_learned(found):
-    """Chance is 1 in 16, an error of about 1.2. Three seeds gave recalls of 1, errors of 0.17 to 0.21."""
+    """Chance is 1 in 8, an error of about 1.2."""
     return found["top1"] >= 0.9 and found["error"] < 0.4
 
 
 # A prior that has never seen the empty caption cannot be guided: that moves its latents far off.
 @pytest.mark.parametrize(
     ("flags", "can_be_guided"),
-    [({"train_batch_size": 16}, False), ({"optimizer": "adafactor", "caption_dropout": 0.1}, True)],
+    [({}, False), ({"optimizer": "adafactor", "caption_dropout": 0.1}, True)],
     ids=["AdamW", "Adafactor and caption dropout"],
 )
 def test_captioned_images_are_memorized(learn, flags, can_be_guided):
@@ -56,7 +58,7 @@ def test_content_outside_the_central_square_is_learned_with_buckets(untrained, i
     """16 images, half of them 2:1 and half 1:2: what the caption names is at the left or at the top end."""
     folder, rows = tmp_path / "panoramas", []
     folder.mkdir()
-    for index, line in enumerate((images / "metadata.jsonl").read_text().splitlines()[:NUM_IMAGES]):
+    for index, line in enumerate((images / "metadata.jsonl").read_text().splitlines()[:16]):
         row = json.loads(line)
         with Image.open(images / row["file_name"]) as image:
             emoji = image.convert("RGB").resize((32, 64))
@@ -107,5 +109,5 @@ def test_images_are_not_learned_with_one_part_wrong(learn, tmp_path, fault):
     """Other parts are compared with formulas, in test_diffusion.py. Faults that were tried and are not seen,
     since training and generation then follow almost the same rules: leaving out the + 1, s = 0.08 in the
     schedule, alpha in place of its root, bf16 timesteps."""
-    (found,) = learn(1.0, fault=fault, train_batch_size=16, cache_dir=tmp_path / "cache")
+    (found,) = learn(1.0, fault=fault, cache_dir=tmp_path / "cache")
     assert not has_learned(found), found

@@ -6,13 +6,16 @@
     python train_text_to_image_prior.py --train_data_dir=images --output_dir=run              # one device
 
 To resume, run the same command again with --resume_from_checkpoint=latest. The README explains the flags.
+Every rank runs `main`; training, validation and the cache are split among ranks; only rank 0 writes to
+--output_dir and uploads.
 
 Part 1 is the training, in the order in which it runs. Read `main` first:
 
     arguments      parse_args
     data           load_train_dataset, check_rows, load_image, make_augmentations, make_image_transforms,
                    list_captions, preprocess_train
-    models         load_encoders, load_prior, save_prior, load_ema, make_optimizer, make_lr_scheduler
+    models         load_encoders, load_prior, save_prior, load_ema, update_ema, make_optimizer,
+                   make_lr_scheduler
     diffusion      encode_batch, sample_noise, sample_timesteps, diffusion_loss
     validation     is_validation_due, load_decoder, validation_images, log_validation
     main           main
@@ -99,6 +102,7 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
     send_to_device,
+    tqdm,
 )
 from datasets.arrow_writer import ArrowWriter
 from diffusers import DDPMWuerstchenScheduler
@@ -111,7 +115,6 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
-from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
@@ -135,8 +138,6 @@ GUIDANCE_SCALE = 4.0  # of validation images: the guide's `prior_guidance_scale`
 NUM_LOSS_BANDS = 4  # equal parts of the timesteps, [0, 1), for which the held-out loss is reported
 # Formats that are opened, whatever a file's name says. (Others run programs: EPS starts Ghostscript.)
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"]
-Image.init()
-IMAGE_FORMATS = [name for name in IMAGE_FORMATS if name in Image.OPEN]  # AVIF needs Pillow 11.3
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # an editor's history can be longer than 1 MB
 MAX_IMAGE_PIXELS = 10**8  # a small file can hold an image that fills the memory
 # Longer images are cropped first: resizing 60000 x 1 pixels to height 512 would fill the memory.
@@ -222,9 +223,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     eight_bit = {"dest": "optimizer", "action": "store_const", "const": "adamw8bit"}
     group.add_argument("--use_8bit_adam", **eight_bit, help="an alias of --optimizer=adamw8bit")
     flag("--learning_rate", "peak learning rate", 1e-4, non_negative)
-    choice(
-        "--lr_scheduler", ["constant", *(s.value for s in SchedulerType if s.value != "constant")], "schedule"
-    )
+    choice("--lr_scheduler", sorted(schedule.value for schedule in SchedulerType), "schedule")
     flag("--lr_warmup_steps", "warm-up steps of the schedule", 500, natural)
     flag("--lr_step_rules", "rules for piecewise_constant, multiplier:until_step, 1:100,0.1:200,0.01")
     flag("--adam_beta1", "decay of the average of gradients", 0.9, fraction)
@@ -359,21 +358,9 @@ def check_rows(
     return dataset, all_captions, digest.hexdigest()
 
 
-def report_captions(captions: list[str], tokenizer: CLIPTokenizerFast):
-    """Warns of captions that are empty, or longer than the text encoder's input. 15,000 take a second."""
-    lengths, limit = [], tokenizer.model_max_length
-    for start in range(0, len(captions), 1000):  # a million at once take 9 GB
-        lengths += map(len, tokenizer(captions[start : start + 1000], verbose=False).input_ids)
-    num_cut, num_empty = sum(length > limit for length in lengths), lengths.count(2)  # start and end tokens
-    if num_cut or num_empty:
-        logger.warning(
-            f"Of {len(captions)} captions and prompts {num_cut} are cut to {limit} tokens, {num_empty} empty"
-        )
-
-
 def load_image(value: dict) -> Image.Image:
     """Decodes an image of a data set, {"bytes", "path"}, to 8-bit RGB. EXIF orientation is applied, 16-bit
-    grayscale is scaled, and transparency is composited on white.
+    grayscale is scaled, and transparency is composited on white. Images longer than 8:1 are cropped to 8:1.
 
     Raises:
         ValueError: with the file's name, if it cannot be decoded.
@@ -404,10 +391,9 @@ def load_image(value: dict) -> Image.Image:
     except Exception as error:  # decoders raise many types; one raised by this file's code is a bug
         if isinstance(error, BUGS) and traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
             raise
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        name = printable(value["path"] or "no file name")
         reason = re.sub(" <_io.*", "", str(error))  # an address would make each message unique
-        raise ValueError(f"the image ({name}) cannot be read: {kind}{printable(reason)}") from error
+        message = f"the image ({value['path']}) cannot be read: {type(error).__name__}: {reason}"
+        raise ValueError(printable(message)) from error
 
 
 def make_augmentations(args: argparse.Namespace, size: tuple[int, int]) -> list[Callable]:
@@ -530,7 +516,8 @@ def load_prior(
     text_encoder: CLIPTextModel,
     image_encoder: EfficientNetEncoder,
 ) -> wuerstchen.WuerstchenPrior:
-    """The prior in float32, pretrained or as `save_prior` wrote it to the checkpoint."""
+    """The prior in float32, pretrained or as `save_prior` wrote it to the checkpoint. Freeze parameters or
+    add LoRA at the end; `save_prior` must then write what this function and the pipelines can load."""
     with explain_errors(args, PRIOR_FLAG):
         prior = wuerstchen.WuerstchenPrior.from_pretrained(
             checkpoint or args.pretrained_prior_model_name_or_path,
@@ -572,6 +559,14 @@ def load_ema(
         raise SystemExit(f"--use_ema: {checkpoint} has no prior_ema/, since its run did not use --use_ema")
     ema_prior.to("cpu" if args.offload_ema else prior.device)
     return ema_prior
+
+
+def update_ema(ema_prior: EMAModel | None, prior: wuerstchen.WuerstchenPrior, args: argparse.Namespace):
+    """Averages the weights after a step. With --offload_ema this uses the memory of the freed gradients."""
+    if ema_prior is not None:
+        ema_prior.to(prior.device)
+        ema_prior.step(prior.parameters())
+        ema_prior.to("cpu" if args.offload_ema else prior.device)
 
 
 @contextlib.contextmanager
@@ -670,7 +665,8 @@ def sample_noise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Standard normal noise, (B, *shape), and uniform random numbers in [0, 1), (B,), both float32.
 
-    Both follow from a sample's position and `key`, on any device and number of processes.
+    Both follow from `key` and a sample's position, its index among all samples of the run (`order_batches`),
+    on any device and number of processes.
     """
     noise, uniform = [], []
     for position in positions:
@@ -689,14 +685,6 @@ def sample_timesteps(u: torch.Tensor, sampling: str) -> torch.Tensor:
     With the latter, from train_stage_C.py of dome272/Wuerstchen, 7.5 % are 1, where generation starts.
     """
     return u if sampling == "uniform" else ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
-
-
-def load_noise_scheduler(device: torch.device) -> DDPMWuerstchenScheduler:
-    """The cosine schedule, with its constants on the device, which avoids a host sync per call."""
-    noise_scheduler = DDPMWuerstchenScheduler()
-    noise_scheduler.s = noise_scheduler.s.to(device)
-    noise_scheduler._init_alpha_cumprod = noise_scheduler._init_alpha_cumprod.to(device)
-    return noise_scheduler
 
 
 def diffusion_loss(
@@ -745,7 +733,8 @@ def is_validation_due(
     global_step: int, args: argparse.Namespace, samples_per_step: int, num_rows: int
 ) -> bool:
     """Whether to validate: before the first step, and then every --validation_steps, or after the first epoch
-    and every --validation_epochs from there. (`main` also validates after the last step.)"""
+    and every --validation_epochs from there. (After the last step `main` validates once the result is saved;
+    a resumed run does not repeat a validation.)"""
     if global_step == 0 or args.validation_steps is not None:
         return global_step % (args.validation_steps or 1) == 0
     epochs = [step * samples_per_step // num_rows for step in (global_step - 1, global_step)]
@@ -852,11 +841,10 @@ def generate_images(
     with only_warn("Generating validation images"):  # no collectives in this block
         decoder.to(accelerator.device)
         with accelerator.split_between_processes(wanted) as own_share, accelerator.autocast():
-            progress = tqdm(own_share, "Images", leave=False, disable=not accelerator.is_main_process)
+            progress = tqdm(own_share, "Images", leave=False)
             images = [generate_image(prompt, resolutions) for prompt, _, resolutions in progress]
-    if accelerator.device.type != "cpu":
-        decoder.to("cpu")
-        torch.cuda.empty_cache()
+    decoder.to("cpu")
+    torch.cuda.empty_cache()
     accelerator.wait_for_everyone()  # another rank may have one more image to generate
     images = gather_object(images)[: len(wanted)]
     return images if len(images) == len(wanted) else []
@@ -875,7 +863,7 @@ def compute_held_out_loss(
     depend on its number only; the timesteps are evenly spaced in [0, 1)."""
     device = accelerator.device
     sums = torch.zeros(2, NUM_LOSS_BANDS, device=device)  # of losses and of samples
-    for batch in tqdm(batches, "Held-out loss", leave=False, disable=not accelerator.is_main_process):
+    for batch in tqdm(batches, "Held-out loss", leave=False):
         latents, prompt_embeds = encode_batch(batch, *encoders)
         noise, _ = sample_noise(batch["position"], latents.shape[1:], device, args.seed, "held out")
         timesteps = (torch.tensor(batch["position"], device=device) + 0.5) / num_rows
@@ -898,7 +886,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     device, is_main_process = accelerator.device, accelerator.is_main_process
 
     # Start at step 0, or at a checkpoint and with its seed.
-    lock_output_dir(accelerator, args)
+    lock = lock_output_dir(accelerator, args)  # noqa: F841  held until `main` returns
     checkpoint = find_checkpoint(args)
     stale_checkpoints = check_output_dir(args, checkpoint)
     state = read_state(checkpoint) if checkpoint else {"global_step": 0, "validated_step": -1}
@@ -935,8 +923,10 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     encoders = load_encoders(args, accelerator)
     prior = unwrapped_prior = load_prior(args, checkpoint, *encoders).to(device)
     ema_prior = load_ema(args, prior, checkpoint)
-    noise_scheduler = load_noise_scheduler(device)
-    decoder = load_decoder(args, encoders[0].dtype)  # without prompts only a check: the result needs it
+    noise_scheduler = DDPMWuerstchenScheduler()
+    noise_scheduler.s = noise_scheduler.s.to(device)  # a host sync less per call
+    noise_scheduler._init_alpha_cumprod = noise_scheduler._init_alpha_cumprod.to(device)
+    decoder = load_decoder(args, encoders[0].dtype)  # also without prompts, since `save_pipeline` needs it
     decoder = decoder if args.validation_prompts else None
     prompt_embeds = {p: embed_captions(tokenize_captions([p], tokenizer), encoders[0]) for p in prompts}
     stop, saved, signals = False, True, []  # signals to stop, from `deferred_signals`
@@ -974,9 +964,9 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     logger.info(f"Training from step {first_step} to {args.max_train_steps} with seed {args.seed}")
     logger.info(f"{num_rows} rows, {samples_per_step} per step, {accelerator.num_processes} x {device.type}")
     prior.train()
-    progress = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=not is_main_process)
+    progress = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps")  # on rank 0 only
     with deferred_signals(signals), progress, logging_redirect_tqdm():
-        # The first iteration validates the untrained prior; the last one only saves a checkpoint.
+        # A new run first validates the prior as loaded; the last iteration only saves a checkpoint.
         while True:
             # ---- Once in a while: validate (all ranks), save a checkpoint (rank 0 writes, all wait), stop
             is_done = global_step >= args.max_train_steps
@@ -995,7 +985,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             if is_done:
                 break
 
-            # ---- One training step (all ranks), random as follows from the seed and the samples' positions
+            # ---- One training step (all ranks); random numbers follow from seed and samples' positions
             started = time.perf_counter()
             train_loss, rows = torch.zeros((), device=device), []
             for _ in range(args.gradient_accumulation_steps):
@@ -1014,7 +1004,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                 train_loss += loss.detach() / args.gradient_accumulation_steps
                 rows += batch["row"]
 
-            # Clip the gradients, and average over the ranks: all stop if one should
+            # Clip the gradients, and average over the ranks: all stop if one has received a signal
             grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
             values = [train_loss, grad_norm.to(train_loss), torch.full_like(train_loss, len(signals))]
             train_loss, grad_norm, stop = accelerator.reduce(torch.stack(values), "mean").tolist()
@@ -1022,10 +1012,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             optimizer.step()
             optimizer.zero_grad()
             lr_scheduler.step()
-            if ema_prior is not None:
-                ema_prior.to(device)  # --offload_ema: uses the memory of the freed gradients
-                ema_prior.step(prior.parameters())
-                ema_prior.to("cpu" if args.offload_ema else device)
+            update_ema(ema_prior, unwrapped_prior, args)
             global_step += 1
 
             # ---- Logging (rank 0)
@@ -1035,12 +1022,11 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             if device.type == "cuda":
                 metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
             log_metrics(accelerator, metrics, global_step)
-            with only_warn("Deleting newer checkpoints"):  # not before a step has succeeded
-                while stale_checkpoints and is_main_process:
-                    delete(stale_checkpoints.pop())
+            while stale_checkpoints and is_main_process:  # not before a step has succeeded
+                delete(stale_checkpoints.pop())
             progress.set_postfix(metrics, refresh=False)
             progress.update()
-    if signals:  # in the last step; from here on a signal ends the process
+    if signals:  # received at the end of the last step; from here on a signal ends the process
         sys.exit(128 + signals[0] if saved else 74)
     # The result is on disk before anything is validated or uploaded.
     if is_main_process:
@@ -1060,7 +1046,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 
 
 # ---------------------------------------------------------------------------------------------------- folders
-# Finds the captioned images or the data files in a folder.
+# Finds the captioned images or the data files in a folder, and reports captions that are cut.
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Includes formats that are not opened, so that a captioned image never disappears silently.
 IMAGE_SUFFIXES = (*Image.registered_extensions(), ".avif", ".heic", ".heif", ".jxl")
@@ -1071,10 +1057,10 @@ csv.field_size_limit(2**31 - 1)
 
 
 def load_folder(source: str, args: argparse.Namespace) -> datasets.Dataset:
-    """Loads the split train of a data set on the Hub or in a folder: captioned images or, without captions,
+    """Loads the split train of a data set on the Hub or in a folder: captioned images or, if there are none,
     data files. Add layouts here.
 
-    A folder with a README.md that is given as --dataset_name is a copy of a Hub repo, which it may configure.
+    A --dataset_name folder with a README.md is a copy of a Hub repo; the README may configure the data.
     """
     folder = Path(source)
     saved = folder / "train" if (folder / "dataset_dict.json").is_file() else folder
@@ -1090,12 +1076,12 @@ def load_folder(source: str, args: argparse.Namespace) -> datasets.Dataset:
     if not rows:
         return load_data_files(root, files, args)
     columns = {
-        "image": [{"path": path, "bytes": None} for path, _ in rows],
+        "image": [{"path": path} for path, _ in rows],
         args.caption_column: [captions for _, captions in rows],
         # Changes the fingerprint: an edited file is encoded again.
         "modified": [os.path.getmtime(path) if os.path.exists(path) else None for path, _ in rows],
     }
-    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+    return datasets.Dataset.from_dict(columns)
 
 
 def list_files(folder: str, parents: tuple[str, ...] = ()) -> list[str]:
@@ -1141,14 +1127,11 @@ def read_image_folder(root: str, files: list[str], caption_column: str) -> list[
             return captions if isinstance(captions, list) else None
 
     rows, named_in = [], {}
-    metadata_files = [file for file in files if os.path.basename(file) in METADATA_FILES]
-    for file in metadata_files:
+    for file in files:
         for path, caption in read_metadata(file, caption_column):
             if named_in.setdefault(path, file) != file:
                 raise ValueError(f"{named_in[path]} and {file} both name {path}; remove it from one of them")
             rows.append((path, caption))
-    if len(metadata_files) > 1:
-        rows.sort(key=lambda row: row[0])
     text_files = {os.path.splitext(file)[0]: file for file in files if file.lower().endswith(".txt")}
     uncaptioned = []
     for image in files:
@@ -1171,11 +1154,14 @@ def read_image_folder(root: str, files: list[str], caption_column: str) -> list[
 
 
 def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]]:
-    """Yields the path and the caption of each image that a metadata file names. CSV is text as written.
+    """Yields the path and the caption of each image that a metadata file names; none for other files. CSV is
+    text as written.
 
     Raises:
         ValueError: with the file and the line, if a row cannot be read.
     """
+    if os.path.basename(file) not in METADATA_FILES:
+        return
     line, columns = 1, {}
     try:
         with open(file, "rb") as source:
@@ -1217,8 +1203,6 @@ def load_data_files(root: str, files: list[str], args: argparse.Namespace) -> da
         )
     found = [file for file in files if file.lower().endswith(suffix)]
     files = select_train_files(found, root)
-    if any("::" in file for file in files):
-        raise ValueError("`datasets` takes names with '::' for URLs: rename them")
     logger.info(f"Found {len(found)} {suffix} files in {root}, {len(files)} in the split train")
     # Each file is given, escaped: `datasets` takes words in names for splits and [brackets] for patterns.
     data_files = {"train": [glob.escape(file) for file in files]}
@@ -1229,12 +1213,23 @@ def load_data_files(root: str, files: list[str], args: argparse.Namespace) -> da
     return load(cache_dir=args.cache_dir, **settings[suffix])
 
 
+def report_captions(captions: list[str], tokenizer: CLIPTokenizerFast):
+    """Warns of captions that are empty, or longer than the text encoder's input. 15,000 take a second."""
+    limit = tokenizer.model_max_length
+    lengths = [len(tokenizer(caption, verbose=False).input_ids) for caption in captions]
+    num_cut, num_empty = sum(length > limit for length in lengths), lengths.count(2)  # start and end tokens
+    if num_cut or num_empty:
+        logger.warning(
+            f"Of {len(captions)} captions and prompts {num_cut} are cut to {limit} tokens, {num_empty} empty"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------- samples
 # Chooses each row's size, puts the rows in random order, and reads them in batches.
-# Of --aspect_ratio_buckets, long to short side: common cameras and screens.
+# Long side / short side of the buckets: the shapes of common cameras and screens.
 ASPECT_RATIOS = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)
 MAX_BAD_ROWS = 12  # unreadable rows drawn in succession, after which the data set is considered broken
-BATCH_TIMEOUT = 10  # seconds without a batch, after which slow storage is reported and a signal is obeyed
+BATCH_TIMEOUT = 10  # seconds without a batch, after which slow storage is reported and a signal is handled
 
 
 def bucket_sizes(resolution: int) -> np.ndarray:
@@ -1250,20 +1245,18 @@ def read_ratio(value: dict) -> float:
     with contextlib.suppress(Exception):
         file = io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
         with Image.open(file, formats=IMAGE_FORMATS) as image:
-            is_tiff = image.format == "TIFF"  # newer versions of Pillow have turned its size already
-            width, height = (image.tag_v2[256], image.tag_v2[257]) if is_tiff else image.size
-            # Without "exif" in `info`, getexif() may decode the image.
-            has_exif = is_tiff or "exif" in image.info
-            turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return (height / width) ** (-1 if turned else 1)
+            # Without "exif" in `info`, getexif() may decode the image. Pillow turns the size of TIFF itself.
+            turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return (image.height / image.width) ** (-1 if turned else 1)
     return math.nan
 
 
 def choose_sizes(
     dataset: datasets.Dataset, train_rows: np.ndarray, args: argparse.Namespace, accelerator: Accelerator
 ) -> np.ndarray:
-    """The height and width of each row's pixels, (num_rows, 2), by which rows are put into batches: the
-    square of --resolution or, with --aspect_ratio_buckets, the nearest shape with enough rows for a batch."""
+    """The height and width of each row's pixels, (num_rows, 2): the square of --resolution or, with
+    --aspect_ratio_buckets, the nearest shape with enough rows for a batch. More than one size needs
+    --aspect_ratio_buckets, so that the rows of a micro-batch have one size."""
     if not args.aspect_ratio_buckets:
         return np.full((len(dataset), 2), args.resolution)
     ratios, sizes = [], bucket_sizes(args.resolution)
@@ -1436,7 +1429,7 @@ def load_batches(
 # ------------------------------------------------------------------------------------------------------ cache
 # Encodes each row once and keeps the encoders' outputs on disk, for --cache_latents.
 CACHE_BATCH_SIZE = 32  # rows that are encoded at once
-CACHE_SHARD_SIZE, MAX_CACHE_SHARDS = 2048, 256  # rows in a file at least, and files, which all stay open
+CACHE_SHARD_SIZE, MAX_CACHE_SHARDS = 2048, 256  # minimum rows in a file; maximum files, which all stay open
 
 
 def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
@@ -1446,7 +1439,8 @@ def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
 
 def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenizer, *encoders) -> str:
     """A hash of what the cache depends on: captions, files (by the fingerprint of `datasets`), sizes, the
-    encoders' dtype and weights, and tokens and pixels of 8 rows as preprocessed now."""
+    encoders' dtype and weights, tokens and pixels of 8 rows as preprocessed now, and the source of
+    `embed_captions`, `embed_images` and `normalize_pixels`."""
     sources = [inspect.getsource(function) for function in (embed_captions, embed_images, normalize_pixels)]
     models = [repr(encoder) for encoder in encoders]  # activations and strides
     digest = hashlib.sha256(repr((rows_hash, dataset._fingerprint, sizes.tolist(), sources, models)).encode())
@@ -1475,7 +1469,7 @@ def preprocess_row(row: dict, size: tuple[int, int], train: bool, args: argparse
     return {"effnet_pixel_values": pixels, "captions": captions, "unreadable": unreadable}
 
 
-def encode_shard(file: Path, batches: Iterable[dict], progress: tqdm, tokenizer, text_encoder, image_encoder):
+def encode_shard(file: Path, batches: Iterable[dict], tokenizer, text_encoder, image_encoder):
     """Encodes the rows of a shard and writes them under a temporary name until all are there."""
     partial = file.with_suffix(".partial")
     with ArrowWriter(path=str(partial)) as writer:
@@ -1489,7 +1483,6 @@ def encode_shard(file: Path, batches: Iterable[dict], progress: tqdm, tokenizer,
                 [tensor_to_bytes(next(embeds)) for _ in texts] for texts in batch["captions"]
             ]
             writer.write_batch(columns)
-            progress.update(len(latents))
         writer.finalize()
     partial.replace(file)
 
@@ -1504,16 +1497,15 @@ def cache_latents(
 ) -> datasets.Dataset:
     """The rows as the encoders' outputs: computed once, kept on disk by `cache_key`, and memory-mapped.
 
-    Each rank encodes the shards that no other one, and no other run, has encoded or is encoding, and then
-    waits for the others. An interrupted pass continues at the next shard, with any number of ranks. `models`
-    are the tokenizer, the text encoder and the image encoder.
+    Each rank encodes its share of the shards, and then waits for the others. An interrupted pass continues at
+    the next shard, with any number of ranks. `models` are the tokenizer, the text encoder and the image
+    encoder.
     """
     folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_latents")
     folder /= cache_key(dataset, sizes, rows_hash, args, *models)
     load = functools.partial(load, dataset, sizes, functools.partial(preprocess_row, args=args), train=False)
     shard_size = max(CACHE_SHARD_SIZE, math.ceil(len(dataset) / MAX_CACHE_SHARDS))
-    starts = range(0, len(dataset), shard_size)
-    is_main_process = AcceleratorState().is_main_process
+    starts, ranks = range(0, len(dataset), shard_size), AcceleratorState()
 
     def load_shard(file: Path, rows: range) -> datasets.Dataset | None:
         """A shard in row order, or None if it is truncated, or an unreadable image is readable now."""
@@ -1527,26 +1519,24 @@ def cache_latents(
             order = np.argsort(positions)
             return encoded.select(order, keep_in_memory=True) if len(order) == len(rows) else None
 
-    def load_or_encode(start: int, timeout: float) -> datasets.Dataset | None:
+    def load_or_encode(start: int) -> datasets.Dataset:
         file, rows = folder / f"{start:09d}.arrow", range(start, min(start + shard_size, len(dataset)))
-        encoded = load_shard(file, rows)
+        encoded = load_shard(file, rows)  # needs no lock, which a read-only cache does not allow
         if encoded is None:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(f"{file}.lock", timeout=timeout)
-            with contextlib.suppress(filelock.Timeout), lock:  # another process is encoding it
-                if load_shard(file, rows) is None:  # else another process has encoded it
-                    batches = load(rows, group_by_size(rows, sizes, CACHE_BATCH_SIZE))
-                    encode_shard(file, batches, progress, *models)
-            return load_shard(file, rows)
-        progress.update(len(encoded))
+            with filelock.FileLock(f"{file}.lock"):
+                while (encoded := load_shard(file, rows)) is None:
+                    batches = group_by_size(rows, sizes, CACHE_BATCH_SIZE)
+                    name = f"Encoding rows {rows.start} to {rows.stop} of {len(dataset)}"
+                    encode_shard(file, tqdm(load(rows, batches), name, len(batches)), *models)
         return encoded
 
-    progress = tqdm(total=len(dataset), desc="Encoding", unit="row", disable=not is_main_process)
-    with explain_errors(args, "cache_dir"), progress:
-        shards = [load_or_encode(start, timeout=0) for start in starts]
-        shards = [shard or load_or_encode(at, timeout=-1) for at, shard in zip(starts, shards, strict=True)]
-        progress.update(len(dataset) - progress.n)  # by the shards that were waited for
-    return datasets.concatenate_datasets(shards)
+    def own_first(start: int) -> int:
+        return (start // shard_size - ranks.process_index) % ranks.num_processes
+
+    with explain_errors(args, "cache_dir"):
+        shards = {start: load_or_encode(start) for start in sorted(starts, key=own_first)}
+    return datasets.concatenate_datasets([shards[start] for start in starts])
 
 
 def preprocess_cached(
@@ -1570,34 +1560,33 @@ STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.bin"  # the first 
 # Flags that are secret, or whose values only have a meaning on this machine or for this repo.
 PRIVATE_FLAGS = {"hub_token", "hub_model_id", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"}
 PRIVATE_FLAGS |= {"dataloader_num_workers", "local_rank"}
-LOCKS = []  # held by `main`
 
 
 def public_settings(args: argparse.Namespace) -> dict:
     """The flags that may be kept in checkpoints and published: no private ones, and no local paths."""
-    settings = {name: value for name, value in vars(args).items() if name not in PRIVATE_FLAGS}
     return {
         name: value
-        for name, value in settings.items()
-        if not (name.endswith(PATH_FLAGS) and os.path.exists(str(value)))
+        for name, value in vars(args).items()
+        if name not in PRIVATE_FLAGS and not (name.endswith(PATH_FLAGS) and os.path.exists(str(value)))
     }
 
 
-def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace):
-    """Locks the folder against a second run until `end_training` or the end of the process. All ranks must
-    see the same folder."""
+def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> filelock.FileLock:
+    """Locks the folder against other processes until the returned lock is deleted. All ranks must see the
+    same folder."""
     file = args.output_dir / ".lock"
-    while LOCKS:  # left by an interrupted run in a notebook
-        LOCKS.pop().release()
+    # A singleton, so that a notebook can start again when a run was interrupted.
+    lock = filelock.FileLock(file, timeout=0, is_singleton=True)
     with explain_errors(args, "output_dir"):
         if accelerator.is_main_process:
             try:
-                LOCKS.append(filelock.FileLock(file, timeout=0).acquire().lock)
+                lock.acquire()
             except filelock.Timeout:
                 raise ValueError("another run is writing to this folder; choose another one") from None
         accelerator.wait_for_everyone()
         if not file.exists():
             raise ValueError("rank 0 has another folder of that name; share it between the nodes")
+    return lock
 
 
 def read_state(checkpoint: Path) -> dict | None:
@@ -1630,8 +1619,8 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 
 
 def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[Path]:
-    """Refuses to replace files of another run: a new run refuses any file, a new run with `latest` any but
-    logs, and a resumed run newer checkpoints. Returns the checkpoints to delete."""
+    """Refuses to replace files of another run. A new run refuses any file; with `latest` and no checkpoint,
+    any file but logs; a resumed run, newer checkpoints. Returns the checkpoints to delete."""
     stale = list_checkpoints(args.output_dir)
     names = {path.name for path in args.output_dir.iterdir() if not path.name.startswith(".")}
     if args.resume_from_checkpoint == "latest":
@@ -1656,22 +1645,19 @@ def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[
 
 def check_same_run(args: argparse.Namespace, plan: dict, state: dict, checkpoint: Path | None):
     """Refuses to resume with other samples or another optimizer. Reports other flags that changed, and
-    settings that are rarely meant."""
+    settings that are probably unintended."""
     starts = gather_object([(state["global_step"], plan)])
     if any(start != starts[0] for start in starts):
         raise SystemExit("processes found other rows or checkpoints: share data and --output_dir among nodes")
     saved, settings = state.get("plan", plan), state.get("settings", {})
     for name, value in plan.items():
         if saved.get(name) != value:
-            difference = "" if name == "rows_hash" else f"={saved.get(name)}, this one {value}"
             raise SystemExit(
-                f"{checkpoint} cannot be resumed exactly: its run had another {name}{difference}"
+                f"{checkpoint} cannot be resumed exactly: its run had {name}={saved.get(name)}, not {value}"
             )
     for name, value in public_settings(args).items():
         if settings.get(name, value) != value:
             logger.warning(f"Changed since {checkpoint}: --{name}={value} (was {settings[name]})")
-    if args.resolution % STRIDE:
-        logger.warning(f"--resolution={args.resolution} is rounded up to a multiple of {STRIDE}")
     if plan["samples_per_step"] > plan["num_rows"]:
         logger.warning("A step has more samples than there are rows: some repeat in it")
     if args.lr_warmup_steps >= args.max_train_steps and not args.lr_scheduler.endswith("constant"):
@@ -1681,12 +1667,12 @@ def check_same_run(args: argparse.Namespace, plan: dict, state: dict, checkpoint
 def load_optimizer_state(accelerator: Accelerator, optimizer, checkpoint: Path, args: argparse.Namespace):
     """Loads the optimizer's moments and fp16's loss scale. Learning rates, decays and other settings of the
     parameter groups stay as the flags and `make_optimizer` gave them."""
-    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    groups = [dict(group) for group in optimizer.param_groups]
     with explain_errors(args, "resume_from_checkpoint"):
         saved = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(saved["optimizer"])
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
+    for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        group.update(settings)
     if accelerator.scaler and saved["scaler"]:
         accelerator.scaler.load_state_dict(saved["scaler"])
 
@@ -1694,9 +1680,9 @@ def load_optimizer_state(accelerator: Accelerator, optimizer, checkpoint: Path, 
 def save_checkpoint(
     accelerator: Accelerator, args: argparse.Namespace, state: dict, prior, ema_prior, optimizer
 ) -> bool:
-    """Writes checkpoint-N: prior, prior_ema, optimizer.bin and trainer_state.json. It is written under a
-    temporary name, flushed and renamed. Then checkpoints over the limit are deleted. Rank 0 writes; all ranks
-    wait.
+    """Writes checkpoint-N: prior, prior_ema, optimizer.bin and trainer_state.json; random numbers, schedule
+    and data follow from the seed and the step. It is written under a temporary name, flushed and renamed.
+    Then checkpoints over the limit are deleted. Rank 0 writes; all ranks wait.
 
     If that fails, say on a full disk, the older checkpoints remain, the run continues, and the result is
     False. Weights that are not finite end the run.
@@ -1720,32 +1706,29 @@ def save_checkpoint(
             files = [path for path in partial.rglob("*") if path.is_file()]
             sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
             (partial / STATE_FILE).write_text(json.dumps(state | {"files": sizes}, indent=2))
-            flush_to_disk(partial)
+            flush_to_disk(*partial.rglob("*"), partial)
             with contextlib.suppress(FileNotFoundError):  # an incomplete one, or a folder of the user's
                 checkpoint.rename(f"{checkpoint}.{time.time_ns()}")
             partial.rename(checkpoint)
-            flush_to_disk(args.output_dir, [])
+            flush_to_disk(args.output_dir)
             saved = True
             logger.info(f"Saved {checkpoint}")
             for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
-                old.rename(args.output_dir / f".deleted-{old.name}")
-            for old in args.output_dir.glob(".deleted-*"):  # also after a crash or a busy file
-                with only_warn(f"Deleting {old}"):
-                    delete(old)
+                delete(old)
         except Exception as error:  # torch and safetensors raise errors of their own for a full disk
             if isinstance(error, BUGS):
                 raise
             logger.error(f"{checkpoint} was not saved: {printable(str(error))}")
-            shutil.rmtree(partial, ignore_errors=True)
+            delete(partial)
     accelerator.wait_for_everyone()
     return broadcast_object_list([saved])[0]
 
 
-def flush_to_disk(folder: Path, files: Iterable[Path] | None = None):
-    """Flushes a folder and its files to disk. Gives files the usual modes, since safetensors 0.8 lets only
-    their owner read them."""
+def flush_to_disk(*paths: Path):
+    """Flushes files and folders to disk. Gives files the usual modes, since safetensors 0.8 lets only their
+    owner read them."""
     os.umask(umask := os.umask(0))
-    for path in [*(folder.rglob("*") if files is None else files), folder]:
+    for path in paths:
         with contextlib.suppress(OSError):  # not every file system has modes, or can flush folders
             if path.is_file():
                 path.chmod(0o666 & ~umask)
@@ -1760,11 +1743,12 @@ def flush_to_disk(folder: Path, files: Iterable[Path] | None = None):
 
 
 def delete(path: Path):
-    """Deletes a folder, a file or a link, but not what the link refers to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Deletes a folder, a file or a link, but not what the link refers to. If it cannot, it only warns."""
+    with only_warn(f"Deleting {path}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -1791,10 +1775,8 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     atexit.register(kill_workers)
     # PyTorch's handler would raise at any point when a worker dies; `load_batches` gets that error anyway.
     torch.utils.data._utils.signal_handling._set_SIGCHLD_handler = lambda: None
-    # Otherwise __del__ prints a traceback if workers cannot be started (read-only /dev/shm, ulimit).
-    torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__del__ = lambda self: (
-        hasattr(self, "_workers_status") and self._shutdown_workers()
-    )
+    # Python prints a traceback when a DataLoader that could not start its workers is deleted.
+    sys.unraisablehook = lambda unraisable: None
     sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     if args.hub_token:  # wandb and comet_ml record the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
@@ -1833,15 +1815,12 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
 
 
 class LossyStream(io.TextIOBase):
-    """Standard output or error that ignores write errors, as when the terminal or pipe is closed, and escapes
-    characters that its encoding lacks."""
+    """Standard output or error that ignores write errors, as when the terminal or pipe is closed."""
 
     encoding = "utf-8"
 
     def __init__(self, stream):
         self.stream = stream
-        with contextlib.suppress(AttributeError):  # a notebook's
-            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         with contextlib.suppress(Exception):
@@ -1855,21 +1834,21 @@ def end_training(accelerator: Accelerator):
     accelerator.wait_for_everyone()
     with only_warn("Closing the trackers"):
         accelerator.end_training()
-    while LOCKS:
-        LOCKS.pop().release()
 
 
 @contextlib.contextmanager
 def deferred_signals(received: list[int]) -> Iterator[None]:
-    """Appends stop signals to `received`; a second Ctrl-C exits at once. Only the training loop is covered:
-    before and after it a signal ends the process."""
+    """Appends stop signals to `received`; a second Ctrl-C exits at once. One takes effect after the next
+    step, in which the ranks agree to stop. Before and after the training loop a signal ends the process."""
 
     def handler(number: int, frame):
         if number == signal.SIGINT and received:
             os._exit(128 + number)
         received.append(number)
         with contextlib.suppress(OSError):
-            os.write(2, b"\nStopping after this step, with a checkpoint; a second Ctrl-C stops at once.\n")
+            os.write(
+                2, b"\nStopping after the next step, with a checkpoint; a second Ctrl-C stops at once.\n"
+            )
 
     handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
     if threading.current_thread() is not threading.main_thread():
@@ -1883,7 +1862,7 @@ def deferred_signals(received: list[int]) -> Iterator[None]:
 
 
 def prepare_worker(worker_id: int):
-    """Ignores stop signals, which terminals and schedulers send to all processes: the main one obeys them.
+    """Ignores stop signals, which terminals and schedulers send to all processes: the main one handles them.
     Ends the worker if a batch cannot be sent, for which the main process would wait forever."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -1947,8 +1926,8 @@ SAMPLE_FILE = "samples/step-{:07d}-{}.png"  # of a step and one of the `validati
 
 def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: dict):
     """Starts the trackers, or continues the curves of the run that is resumed."""
-    config = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    config = {name: v if isinstance(v, (int, float)) else str(v) for name, v in config.items()}
+    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    config = {name: v if isinstance(v, (int, float)) else str(v) for name, v in settings.items()}
     init_kwargs = {
         "tensorboard": {"purge_step": state["global_step"] + 1 if state["global_step"] else 0},
         "wandb": {"id": state["wandb_run_id"], "resume": "allow"},
@@ -2023,8 +2002,7 @@ def log_images(
             text.add_itxt("settings", training_command(args))
             file = args.output_dir / SAMPLE_FILE.format(global_step, name)
             file.parent.mkdir(exist_ok=True)
-            image.save(file.with_name("partial.png"), pnginfo=text)  # renamed when it is complete
-            file.with_name("partial.png").rename(file)
+            image.save(file, pnginfo=text)
         if images:
             save_contact_sheet(args)
 
@@ -2048,8 +2026,8 @@ def log_images_to_tracker(tracker, images: list[tuple[str, Image.Image]], global
 
 
 def save_contact_sheet(args: argparse.Namespace, side: int = 192):
-    """Writes samples/contact-sheet.png: prompts of each size down, at most 12 steps across, the first and the
-    last among them. For many prompts there are fewer steps: to read an image takes 50 ms."""
+    """Writes samples/contact-sheet.png: a row for each prompt and size, a column for each step, at most 12
+    with the first and the last. For many prompts there are fewer, since reading an image takes 50 ms."""
     rows, samples = validation_images(args), args.output_dir / "samples"
     steps = sorted({int(file.name.split("-")[1]) for file in samples.glob("step-*-prompt-*.png")})
     shown = np.linspace(0, len(steps) - 1, min(len(steps), 12, max(2, 256 // len(rows))))
@@ -2067,7 +2045,7 @@ def save_contact_sheet(args: argparse.Namespace, side: int = 192):
 
 
 def save_loss_curve(output_dir: Path):
-    """Writes loss.png: the training loss and the held-out loss, and their means over a fiftieth of each."""
+    """Writes loss.png: the training loss and the held-out loss, and their moving averages over 2 %."""
     with only_warn("Writing loss.png"):
         figure = Figure(figsize=(10, 5))
         axes = figure.subplots()
@@ -2080,10 +2058,9 @@ def save_loss_curve(output_dir: Path):
                 axes.plot(*points.T, color=color, alpha=0.3)
                 label = f"{name}, mean of {width}"
                 axes.plot(points[width - 1 :, 0], means, ".-", ms=3, color=color, label=label)
-        if axes.get_lines():  # not before the first step
-            axes.set(xlabel="step", ylabel="loss")
-            axes.legend()
-            figure.savefig(output_dir / "loss.png")
+                axes.legend()
+        axes.set(xlabel="step", ylabel="loss")
+        figure.savefig(output_dir / "loss.png")
 
 
 # ------------------------------------------------------------------------------------------------- publishing
@@ -2122,16 +2099,15 @@ def save_components(pipeline: diffusers.DiffusionPipeline, folder: Path):
 
 def move_into_place(partial: Path, output_dir: Path):
     """Moves complete parts from a temporary folder into the result, and deletes the old parts."""
-    flush_to_disk(partial)
+    flush_to_disk(*partial.rglob("*"), partial)
     old = output_dir / f".result.{time.time_ns()}"
     old.mkdir()
     for path in partial.iterdir():
         with contextlib.suppress(FileNotFoundError):
             (output_dir / path.name).rename(old / path.name)
         path.rename(output_dir / path.name)
-    with only_warn(f"Deleting {old}"):
-        for path in output_dir.glob(".result.*"):
-            delete(path)
+    for path in output_dir.glob(".result.*"):
+        delete(path)
 
 
 def save_pipeline(args: argparse.Namespace, prior, tokenizer, noise_scheduler) -> int:
@@ -2141,23 +2117,26 @@ def save_pipeline(args: argparse.Namespace, prior, tokenizer, noise_scheduler) -
     # The text encoder in use may be in half precision.
     text_encoder = load_model(args, PRIOR_FLAG, CLIPTextModel, "text_encoder", dtype=torch.float32)
     decoder = load_decoder(args, torch.float32)
-    with explain_errors(args, "output_dir"), contextlib.ExitStack() as stack:
+    pipeline = wuerstchen.WuerstchenPriorPipeline(tokenizer, text_encoder, prior, noise_scheduler)
+    prior_components = {f"prior_{name}": component for name, component in pipeline.components.items()}
+    combined = wuerstchen.WuerstchenCombinedPipeline(**decoder.components, **prior_components)
+    with explain_errors(args, "output_dir"):
         delete(partial)
-        stack.callback(shutil.rmtree, partial, ignore_errors=True)  # on a full disk
-        pipeline = wuerstchen.WuerstchenPriorPipeline(tokenizer, text_encoder, prior, noise_scheduler)
-        save_components(pipeline, partial / "prior_pipeline")
-        move_into_place(partial, output_dir)
-        save_components(decoder, partial)
-        prior_components = {f"prior_{name}": component for name, component in pipeline.components.items()}
-        for file in (output_dir / "prior_pipeline").glob("*/*"):
-            target = partial / f"prior_{file.parent.name}" / file.name
-            target.parent.mkdir(exist_ok=True)
-            try:
-                os.link(file, target)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(file, target)
-        wuerstchen.WuerstchenCombinedPipeline(**decoder.components, **prior_components).save_config(partial)
-        move_into_place(partial, output_dir)
+        try:
+            save_components(pipeline, partial / "prior_pipeline")
+            move_into_place(partial, output_dir)
+            save_components(decoder, partial)
+            for file in (output_dir / "prior_pipeline").glob("*/*"):
+                target = partial / f"prior_{file.parent.name}" / file.name
+                target.parent.mkdir(exist_ok=True)
+                try:
+                    os.link(file, target)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(file, target)
+            combined.save_config(partial)
+            move_into_place(partial, output_dir)
+        finally:
+            delete(partial)
     return decoder_image_size(decoder, args.resolution)
 
 
@@ -2248,7 +2227,7 @@ def log_summary(args: argparse.Namespace, global_step: int):
         f"  curve of the loss: {output_dir / 'loss.png'}\n"
         f"  images, with --validation_prompts: {output_dir / 'samples' / 'contact-sheet.png'}\n"
         f"  result, and how to generate images with it: {output_dir / 'README.md'}\n"
-        f"  to train on: {resume} --max_train_steps={2 * global_step}\n"
+        f"  to continue training: {resume} --max_train_steps={2 * global_step}\n"
         f"  to publish: {resume} --push_to_hub"
     )
 

@@ -123,7 +123,7 @@ def test_a_resumed_run_equals_the_unbroken_one(train, shapes, tmp_path, case):
         there = [micro_step[name] for micro_step in again.record["steps"]]
         assert all(map(torch.equal, there, expected)), name
     assert_continues_as(again, run, step, last)
-    assert f"{step}/{last}" in again.output, "the progress bar starts at the checkpoint's step"
+    assert f" {step}/{last} " in again.output and f" 0/{last} " not in again.output
     if "validation_prompts" in flags:
         assert [at for at, _ in again.samples()] == [at for at, _ in run.samples() if at > step]
     if "validation_split" in flags:
@@ -456,10 +456,10 @@ def test_other_settings_apply_on_resuming_and_are_reported(train, run_copy):
 
 
 CHANGED = {  # flags that change, and the reason
-    "an image": ({}, "another rows_hash"),
-    "the order": ({}, "another rows_hash"),
-    "one caption": ({}, "another rows_hash"),
-    "the optimizer": ({"optimizer": "adamw8bit"}, "another optimizer=adamw, this one adamw8bit"),
+    "an image": ({}, "rows_hash="),
+    "the order": ({}, "rows_hash="),
+    "one caption": ({}, "rows_hash="),
+    "the optimizer": ({"optimizer": "adamw8bit"}, "optimizer=adamw, not adamw8bit"),
     "the average": ({"use_ema": True}, "has no prior_ema/"),
 }
 
@@ -653,9 +653,8 @@ def test_a_busy_file_in_an_old_checkpoint_costs_no_newer_one(train):
     flags = SHORT | {"max_train_steps": 4, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
     run = train(functools.partial(refuse, ["unlink"], errno.EBUSY, is_busy), **flags).ok()
     assert run.output.count("Saved ") == 4 and "not saved" not in run.output
-    assert run.output.count("Deleting ") == 1 and [file.name for file in run.folder.glob("checkpoint-*")] == [
-        "checkpoint-4"
-    ]
+    assert run.output.count("Deleting ") == 1
+    assert script.list_checkpoints(run.folder) == [run.folder.resolve() / "checkpoint-4"]
 
 
 FULL = {  # what is being written when there is no space left

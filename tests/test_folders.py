@@ -162,7 +162,8 @@ LAYOUTS = {  # each has the first two images to train on: files or a function th
     | {"a/c/0.jpg": 0, "a/metadata.jsonl": named("c/0.jpg")},
     "a root's file and others": {"train/0.jpg": 0, "train/x/1.jpg": 1, "metadata.jsonl": named("train/0.jpg")}
     | {"train/x/metadata.jsonl": named("1.jpg", first=1)},
-    "text files": {"0.b.jpg": 0, "0.b.txt": f"  {T0}\r\n", "c/1.JPG": 1, "c/1.txt": "\ufeff" + T1},
+    "text files": {"0.b.jpg": 0, "0.b.txt": f"  {T0}\r\n", "c/1.JPG": 1}
+    | {"c/1.txt": "\ufeff" + T1.replace(" ", "\n")},
     "text files, a column": (BOTH_FILES | {"0.txt": T0, "1.txt": T1}, "prompt"),
     "metadata before text files": BOTH | {"0.txt": "not this one"},
     "other columns": BOTH_FILES | {"metadata.jsonl": ODD_ROWS},
@@ -355,7 +356,7 @@ REFUSED = [  # a file beside 0.jpg, and what is said of it
     (CSV, (HEAD + "0.jpg,é\n").encode("latin-1"), "metadata.csv, line .*utf-8"),
     ("1.jpg", 0, "no captioned images.*metadata.jsonl, a line .*cat.txt"),
     ("test-00000-of-00001.parquet", table(0), "no rows in a split named train, only in test"),
-    ("a::b.parquet", table(0), "rename"),
+    ("a::b.parquet", table(0), "a::b.parquet"),
     ("0.tar", b"no tar" * 1000, "tar|header|ReadError"),
     ("0.parquet", b"no Parquet" * 1000, "Parquet magic"),
     ("0.parquet", POINTER, "0.parquet is a Git LFS pointer: run `git lfs pull`"),

@@ -288,6 +288,7 @@ def test_the_offloaded_average_is_in_main_memory():
         prior = SimpleNamespace(parameters=lambda: iter(weights), config={}, device=torch.device("cuda"))
         for offloaded, device in ((True, "cpu"), (False, "cuda")):
             ema_prior = script.load_ema(SimpleNamespace(use_ema=True, offload_ema=offloaded), prior, None)
+            script.update_ema(ema_prior, prior, SimpleNamespace(offload_ema=offloaded))
             assert {average.device.type for average in ema_prior.shadow_params} == {device}
             with script.ema_weights(prior, ema_prior):
                 assert {weight.device.type for weight in weights} == {"cuda"}

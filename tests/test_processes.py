@@ -85,6 +85,7 @@ def test_only_a_second_ctrl_c_ends_the_process_at_once(signals, status):
 
     def work():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         before, received = [signal.getsignal(number) for number in script.STOP_SIGNALS], []
         with script.deferred_signals(received):
             for number in (signal.SIGHUP, *signals):

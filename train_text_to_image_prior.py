@@ -2058,9 +2058,10 @@ def save_loss_curve(output_dir: Path):
                 axes.plot(*points.T, color=color, alpha=0.3)
                 label = f"{name}, mean of {width}"
                 axes.plot(points[width - 1 :, 0], means, ".-", ms=3, color=color, label=label)
-                axes.legend()
-        axes.set(xlabel="step", ylabel="loss")
-        figure.savefig(output_dir / "loss.png")
+        if axes.get_lines():  # not before the first step
+            axes.set(xlabel="step", ylabel="loss")
+            axes.legend()
+            figure.savefig(output_dir / "loss.png")
 
 
 # ------------------------------------------------------------------------------------------------- publishing

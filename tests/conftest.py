@@ -459,6 +459,7 @@ def start_run(models, images, tmp_path_factory):
 
     def start(launch, argv=None, **flags):
         run = Run(tmp_path_factory, flags.get("output_dir"))
+        run.encoder = {name: flags[name] for name in flags if "image_encoder" in name}
         flags = {"output_dir": run.folder, "report_to": "tensorboard"} | flags
         argv = argv or tiny_args(models, images, **flags)
         with FORKING:
@@ -659,7 +660,7 @@ def resumed(train, run, step, tmp_path, by="latest", **flags):
     folder = tmp_path / f"from-{step}"
     shutil.copytree(run.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
     by = folder / f"checkpoint-{step}" if by == "path" else by
-    return train(**flags, output_dir=folder, resume_from_checkpoint=by).ok()
+    return train(**run.encoder | flags, output_dir=folder, resume_from_checkpoint=by).ok()
 
 
 def assert_continues_as(again, run, step, last):

@@ -118,11 +118,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--width", type=int, default=64, help="channels of the prior")
-    parser.add_argument("--depth", type=int, default=2, help="blocks of the prior")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1 is none")
-    parser.add_argument("--num_seeds", type=int, default=4, help="generations for each caption")
     own, rest = parser.parse_known_args()
-    make_models(own.folder, c=own.width, depth=own.depth)
+    make_models(own.folder, c=own.width)
     output_dir = own.folder / "run"
     argv = [*make_flags(own.folder, output_dir), "--overwrite_output_dir", *rest]  # the last of two counts
     script.main(argv)
@@ -131,7 +129,7 @@ def main():
         step = int(checkpoint.name.removeprefix("checkpoint-"))
         pipeline = load_pipeline(output_dir, checkpoint)
         for guidance in own.guidance:
-            found = recall(pipeline, captions, latents, guidance, own.num_seeds)
+            found = recall(pipeline, captions, latents, guidance)
             print(json.dumps({"step": step, "guidance": guidance, **found}), flush=True)
 
 

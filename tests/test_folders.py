@@ -356,7 +356,6 @@ REFUSED = [  # a file beside 0.jpg, and what is said of it
     (CSV, (HEAD + "0.jpg,é\n").encode("latin-1"), "metadata.csv, line .*utf-8"),
     ("1.jpg", 0, "no captioned images.*metadata.jsonl, a line .*cat.txt"),
     ("test-00000-of-00001.parquet", table(0), "no rows in a split named train, only in test"),
-    ("a::b.parquet", table(0), "a::b.parquet"),
     ("0.tar", b"no tar" * 1000, "tar|header|ReadError"),
     ("0.parquet", b"no Parquet" * 1000, "Parquet magic"),
     ("0.parquet", POINTER, "0.parquet is a Git LFS pointer: run `git lfs pull`"),

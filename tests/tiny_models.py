@@ -25,13 +25,7 @@ import torch
 from diffusers import DDPMWuerstchenScheduler
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.models.efficientnet import (
-    EfficientNet,
-    FusedMBConv,
-    FusedMBConvConfig,
-    MBConv,
-    MBConvConfig,
-)
+from torchvision.models import efficientnet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -143,9 +137,9 @@ def read_images(folder, resolution):
 
 def small_backbone(weights=None):
     """efficientnet_v2_s with a fraction of its layers and channels: of each kind one block or two."""
-    blocks = [FusedMBConvConfig(ratio, 3, stride, *c, n) for ratio, stride, *c, n in FUSED]
-    blocks += [MBConvConfig(ratio, 3, stride, *c, n) for ratio, stride, *c, n in SEPARABLE]
-    return EfficientNet(blocks, dropout=0.2, last_channel=1280)
+    blocks = [efficientnet.FusedMBConvConfig(ratio, 3, stride, *c, n) for ratio, stride, *c, n in FUSED]
+    blocks += [efficientnet.MBConvConfig(ratio, 3, stride, *c, n) for ratio, stride, *c, n in SEPARABLE]
+    return efficientnet.EfficientNet(blocks, dropout=0.2, last_channel=1280)
 
 
 # Expansion, stride, channels before and after, number of blocks.
@@ -163,7 +157,7 @@ def make_encoder(*, seed=0, resolution=64, effnet="efficientnet_v2_s"):
     # Forty random layers in a row are chaotic: rounding the weights to bf16 moves the latents by as much as
     # another image does. With the residual branches turned down it moves them by a few percent.
     for module in encoder.modules():
-        if isinstance(module, (MBConv, FusedMBConv)) and module.use_res_connect:
+        if isinstance(module, (efficientnet.MBConv, efficientnet.FusedMBConv)) and module.use_res_connect:
             module.block[-1][1].weight.fill_(0.1)
     pixels = read_images(IMAGES, resolution)
 

@@ -25,7 +25,6 @@ PYTEST = ["-m", "pytest", "-x", "-q", "-n", "0", "-m", "slow or not slow", "-p",
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__")
 
 
-
 def try_fault(fault: dict) -> tuple[str, str]:
     """The result, and the first test that failed or else pytest's last line."""
     with tempfile.TemporaryDirectory(prefix="fault-") as folder:

@@ -156,8 +156,9 @@ def test_a_signal_ends_a_run_whose_storage_hangs(train, train_fresh, tmp_path):
         time.sleep(1)
         os.killpg(run.process.pid, 0)
     assert "Traceback" not in run.output and run.checkpoints() == [2]
-    again = train(**RUN, output_dir=run.folder, resume_from_checkpoint="latest").ok()
-    unbroken = train(**RUN).ok()
+    flags = RUN | run.encoder
+    again = train(**flags, output_dir=run.folder, resume_from_checkpoint="latest").ok()
+    unbroken = train(**flags).ok()
     assert same_weights(again.prior(), unbroken.prior()) and again.losses() == unbroken.losses()
 
 

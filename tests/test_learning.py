@@ -10,8 +10,9 @@ from PIL import Image
 
 pytestmark = pytest.mark.slow
 NUM_IMAGES = 8
-# Fewer images than in learning.py need fewer steps.
+# Fewer images than in learning.py need fewer steps. test_demo.py learns with AdamW.
 QUICK = {"train_batch_size": 8, "max_train_steps": 400, "learning_rate": 3e-3, "lr_warmup_steps": 50}
+QUICK |= {"optimizer": "adafactor", "caption_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +43,10 @@ def has_learned(found):
     return found["top1"] >= 0.9 and found["error"] < 0.4
 
 
-# A prior that has never seen the empty caption cannot be guided: that moves its latents far off.
-@pytest.mark.parametrize(
-    ("flags", "can_be_guided"),
-    [({}, False), ({"optimizer": "adafactor", "caption_dropout": 0.1}, True)],
-    ids=["AdamW", "Adafactor and caption dropout"],
-)
-def test_captioned_images_are_memorized(learn, flags, can_be_guided):
-    plain, guided = learn(1.0, 4.0, **flags)
-    assert has_learned(plain), plain
-    assert guided["error"] < 1 if can_be_guided else guided["error"] > 2, guided
+def test_captioned_images_are_memorized(learn):
+    """Also with guidance, which needs the caption dropout: without it the error was more than 2."""
+    plain, guided = learn(1.0, 4.0)
+    assert has_learned(plain) and guided["error"] < 1, (plain, guided)
 
 
 def test_content_outside_the_central_square_is_learned_with_buckets(untrained, images, train, tmp_path):
@@ -70,7 +65,8 @@ def test_content_outside_the_central_square_is_learned_with_buckets(untrained, i
         assert (square == 255).all(), "without buckets there is nothing to learn"
         rows.append({"file_name": f"{index}.png", "text": row["text"]})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"train_data_dir": folder, "resolution": 96, "train_batch_size": 16, "max_train_steps": 2400}
+    flags = {"train_data_dir": folder, "resolution": 96, "train_batch_size": 16, "max_train_steps": 1600}
+    flags |= {"learning_rate": 4e-3, "lr_warmup_steps": 50}
     argv = make_flags(untrained, tmp_path / "run", aspect_ratio_buckets=True, **flags)
     run = train(argv=argv, output_dir=tmp_path / "run", timeout=600).ok()
     for shape, size in ((1, (64, 128)), (0, (128, 64))):

@@ -1403,6 +1403,7 @@ def load_batches(
         except (OSError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1]
             if iterator is None or "DataLoader worker (pid" in reason or "shared memory" in reason:
+                kill_workers()  # or PyTorch would wait 5 seconds for each
                 raise SystemExit(
                     f"--dataloader_num_workers={num_workers}: {printable(reason)}; each worker needs memory "
                     "and /dev/shm (docker run --shm-size=1g): use fewer, or a smaller --train_batch_size"
@@ -1410,7 +1411,7 @@ def load_batches(
             if "DataLoader timed out" not in reason:
                 raise
             if signals:
-                kill_workers()  # PyTorch would wait for each that is blocked
+                kill_workers()  # they are blocked
                 logger.error("Stopped without a checkpoint, since no batch came")
                 raise SystemExit(128 + signals[-1]) from None
             logger.warning_once(

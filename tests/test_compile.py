@@ -152,7 +152,6 @@ ON_CPU = [
     (1, CHECKPOINTING, PARTITIONED),
     (3, {}, "inductor"),
     (3, CHECKPOINTING | BF16, "inductor"),
-    (2, {"optimizer": "adamw8bit"}, PARTITIONED),
     (2, {"optimizer": "adafactor", "adam_epsilon": None}, PARTITIONED),
     (2, {"ranks": 2}, PARTITIONED),
 ]

@@ -209,7 +209,7 @@ def test_workers_that_cannot_be_started_are_one_line_within_seconds(train):
     def limit_files():
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20,) * 2)
 
-    run = train(limit_files, timeout=60, **SHORT, dataloader_num_workers=16)
+    run = train(limit_files, timeout=15, **SHORT, dataloader_num_workers=16)
     assert run.error().startswith("--dataloader_num_workers=16: ") and "use fewer" in run.error()
 
 

@@ -320,6 +320,7 @@ def test_the_repo_is_created_before_anything_is_loaded(guide):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pushed", ["minimal"], indirect=True)
 def test_the_cards_code_generates_an_image_from_the_hub(pushed, tmp_path):
     """In an empty folder, with an empty cache, it generates the image that the pipeline on disk does, of the
     samples' size: 64 pixels are latents of 2 x 2, for which the decoder has no size; 3 x 3 is the nearest."""

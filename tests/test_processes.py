@@ -288,7 +288,7 @@ def test_a_run_works_with_the_environment_of_a_notebook_a_plain_terminal_and_a_l
     temporary = tmp_path / ("x" * (120 - len(str(tmp_path))))  # sockets in there would have too long a path
     temporary.mkdir()
     shutil.copytree(images, tmp_path / "images")
-    env = {"MPLBACKEND": "module://not_installed.backend_inline", "HOME": tmp_path, "TMPDIR": temporary}
+    env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": tmp_path, "TMPDIR": temporary}
     env |= {"PYTHONIOENCODING": "ascii", "HF_DATASETS_CACHE": tmp_path / "cache"}
     flags = SHORT | {"train_data_dir": "~/images", "output_dir": "~/run", "dataloader_num_workers": 2}
     flags |= {"cache_latents": True, "validation_prompts": ["ein süßer Apfel", "\U0001f34e"]}

@@ -223,6 +223,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     eight_bit = {"dest": "optimizer", "action": "store_const", "const": "adamw8bit"}
     group.add_argument("--use_8bit_adam", **eight_bit, help="an alias of --optimizer=adamw8bit")
     flag("--learning_rate", "peak learning rate", 1e-4, non_negative)
+    # Sorted, "constant" comes first.
     choice("--lr_scheduler", sorted(schedule.value for schedule in SchedulerType), "schedule")
     flag("--lr_warmup_steps", "warm-up steps of the schedule", 500, natural)
     flag("--lr_step_rules", "rules for piecewise_constant, multiplier:until_step, 1:100,0.1:200,0.01")
@@ -924,7 +925,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     prior = unwrapped_prior = load_prior(args, checkpoint, *encoders).to(device)
     ema_prior = load_ema(args, prior, checkpoint)
     noise_scheduler = DDPMWuerstchenScheduler()
-    noise_scheduler.s = noise_scheduler.s.to(device)  # a host sync less per call
+    noise_scheduler.s = noise_scheduler.s.to(device)  # avoids a host sync per call
     noise_scheduler._init_alpha_cumprod = noise_scheduler._init_alpha_cumprod.to(device)
     decoder = load_decoder(args, encoders[0].dtype)  # also without prompts, since `save_pipeline` needs it
     decoder = decoder if args.validation_prompts else None
@@ -1214,7 +1215,7 @@ def load_data_files(root: str, files: list[str], args: argparse.Namespace) -> da
 
 
 def report_captions(captions: list[str], tokenizer: CLIPTokenizerFast):
-    """Warns of captions that are empty, or longer than the text encoder's input. 15,000 take a second."""
+    """Warns of captions that are empty, or longer than the text encoder's input. 10,000 take a second."""
     limit = tokenizer.model_max_length
     lengths = [len(tokenizer(caption, verbose=False).input_ids) for caption in captions]
     num_cut, num_empty = sum(length > limit for length in lengths), lengths.count(2)  # start and end tokens
@@ -1411,7 +1412,7 @@ def load_batches(
             if "DataLoader timed out" not in reason:
                 raise
             if signals:
-                kill_workers()  # they are blocked
+                kill_workers()  # or PyTorch would wait for each that is blocked
                 logger.error("Stopped without a checkpoint, since no batch came")
                 raise SystemExit(128 + signals[-1]) from None
             logger.warning_once(

@@ -50,7 +50,6 @@ def main():
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults; all by default")
-
     args = parser.parse_args()
     results = []
     for name in args.names or faults:

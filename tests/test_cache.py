@@ -325,13 +325,13 @@ def test_a_run_encodes_anew_what_was_changed_in_place_and_otherwise_nothing(new_
 
 
 @pytest.mark.slow
-def test_the_cache_of_another_process_is_found(train_fresh, full_encoder, new_run, images, tmp_path):
+def test_the_cache_of_another_process_is_found(train_fresh, new_run, images, tmp_path):
     """Nothing in the key may depend on the process, such as the order of a set or an address."""
     copy_images(images, tmp_path / "images")
     flags = ONE_STEP | {"train_data_dir": tmp_path / "images", "caption_column": "captions"}
-    flags |= {"cache_dir": tmp_path / "cache", "pretrained_image_encoder_name_or_path": full_encoder}
-    train_fresh(env={"PYTHONHASHSEED": "1"}, **flags).ok()
-    assert new_run(**flags).images == [] and len(cache_files(tmp_path / "cache")) == 1
+    flags |= {"cache_dir": tmp_path / "cache"}
+    run = train_fresh(env={"PYTHONHASHSEED": "1"}, **flags).ok()
+    assert new_run(**flags | run.encoder).images == [] and len(cache_files(tmp_path / "cache")) == 1
 
 
 # ---------------------------------------------------------- passes that are interrupted, or share the work

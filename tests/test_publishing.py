@@ -470,11 +470,11 @@ for path in {paths!r}:
 
 @pytest.mark.slow
 def test_each_version_of_diffusers_trains_alike_and_loads_what_the_other_saves(
-    newest_diffusers, full_encoder, train, train_fresh
+    newest_diffusers, train, train_fresh
 ):
     flags = {"use_ema": True, "validation_prompts": PROMPTS[:1], "max_train_steps": 2}
-    flags["pretrained_image_encoder_name_or_path"] = full_encoder
-    newest, here = train_fresh(env={"PYTHONPATH": newest_diffusers}, **flags).ok(), train(**flags).ok()
+    newest = train_fresh(env={"PYTHONPATH": newest_diffusers}, **flags).ok()
+    here = train(**flags | newest.encoder).ok()
     for name in ("prior", "prior_ema"):
         assert distance(newest.prior(2, name), here.prior(2, name)) < 1e-6
     index = json.loads((newest.folder / "model_index.json").read_text())

@@ -65,7 +65,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import threading
 import time
 import traceback
 import unicodedata
@@ -86,6 +85,7 @@ import matplotlib
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -104,7 +104,7 @@ from accelerate.utils import (
     send_to_device,
     tqdm,
 )
-from datasets.arrow_writer import ArrowWriter
+from datasets.fingerprint import Hasher
 from diffusers import DDPMWuerstchenScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -139,7 +139,7 @@ NUM_LOSS_BANDS = 4  # equal parts of the timesteps, [0, 1), for which the held-o
 # Formats that are opened, whatever a file's name says. (Others run programs: EPS starts Ghostscript.)
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"]
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # an editor's history can be longer than 1 MB
-MAX_IMAGE_PIXELS = 10**8  # a small file can hold an image that fills the memory
+
 # Longer images are cropped first: resizing 60000 x 1 pixels to height 512 would fill the memory.
 MAX_ASPECT_RATIO = 8
 PRIOR_FLAG = "pretrained_prior_model_name_or_path"  # of the prior, its tokenizer and its text encoder
@@ -168,8 +168,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line and rejects contradictory flags before anything is loaded."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    def flag(name, text, default=None, kind=str):
-        group.add_argument(name, type=kind, default=default, help=text)
+    def flag(name, text, default=None, kind=str, **settings):
+        group.add_argument(name, type=kind, default=default, help=text, **settings)
 
     def switch(name, text):
         group.add_argument(name, action="store_true", help=text)
@@ -220,17 +220,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("optimizer")
     choice("--optimizer", ["adamw", "adamw8bit", "adafactor"], "the last two need less memory")
-    eight_bit = {"dest": "optimizer", "action": "store_const", "const": "adamw8bit"}
-    group.add_argument("--use_8bit_adam", **eight_bit, help="an alias of --optimizer=adamw8bit")
+    alias = {"action": "store_const", "const": "adamw8bit", "help": "an alias of --optimizer=adamw8bit"}
+    group.add_argument("--use_8bit_adam", dest="optimizer", **alias)
     flag("--learning_rate", "peak learning rate", 1e-4, non_negative)
     # Sorted, "constant" comes first.
     choice("--lr_scheduler", sorted(schedule.value for schedule in SchedulerType), "schedule")
     flag("--lr_warmup_steps", "warm-up steps of the schedule", 500, natural)
     flag("--lr_step_rules", "rules for piecewise_constant, multiplier:until_step, 1:100,0.1:200,0.01")
-    flag("--adam_beta1", "decay of the average of gradients", 0.9, fraction)
-    flag("--adam_beta2", "decay of the average of squared gradients", 0.999, fraction)
+    flag("--adam_beta1", "AdamW's decay of the average of gradients", 0.9, fraction)
+    flag("--adam_beta2", "AdamW's decay of the average of squared gradients", 0.999, fraction)
     flag("--adam_weight_decay", "decoupled, for all optimizers", 0.0, non_negative)
-    flag("--adam_epsilon", "added to the divisor", 1e-8, non_negative)
+    flag("--adam_epsilon", "added to AdamW's divisor", 1e-8, non_negative)
     flag("--max_grad_norm", "gradients are clipped to this norm", 1.0, bounded(float, 1e-8))
 
     group = parser.add_argument_group("output")
@@ -239,11 +239,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--checkpointing_steps", "steps between checkpoints", 500, positive_int)
     flag("--checkpoints_total_limit", "number of checkpoints to keep, or all", None, positive_int)
     flag("--resume_from_checkpoint", "'latest' or the path of a checkpoint")
-    group.add_argument("--validation_prompts", nargs="+", help="prompts for validation images")
+    flag("--validation_prompts", "prompts for validation images", nargs="+")
     flag("--validation_epochs", "epochs between validations", 5, positive_int)
     flag("--validation_steps", "steps between validations, instead of epochs", None, positive_int)
-    sizes = {"type": positive_int, "nargs": "+", "metavar": "PIXELS"}
-    group.add_argument("--validation_size", **sizes, help="WIDTH HEIGHT ... of additional images")
+    flag(
+        "--validation_size", "WIDTH HEIGHT ... of additional images, in pixels", None, positive_int, nargs="+"
+    )
     flag("--logging_dir", "folder of the trackers' files, relative to --output_dir", "logs")
     flag("--report_to", "trackers: tensorboard, wandb, comet_ml, ..., all, none", "tensorboard")
     flag("--tracker_project_name", "project that trackers log to", "text2image-fine-tune")
@@ -255,18 +256,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if value == "" and name != "report_to":
-            parser.error(f"--{name} is empty; is it set from a variable that does not exist?")
         if isinstance(value, str) and name.endswith(PATH_FLAGS):
             setattr(args, name, os.path.expanduser(value))
-    args.report_to = args.report_to.replace(" ", "") or "none"
     trackers = [*map(str, get_available_trackers()), "all", "none"]
-    prompts = "".join(args.validation_prompts or [])
-    adam = [args.adam_beta1, args.adam_beta2, args.adam_epsilon]
     for is_wrong, message in (
         (not args.dataset_name and not args.train_data_dir, "give --dataset_name or --train_data_dir"),
         (len(args.validation_size or []) % 2, "--validation_size needs pairs of WIDTH and HEIGHT"),
-        (prompts != prompts.encode(errors="ignore").decode(), "--validation_prompts are not UTF-8"),
         (
             (args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None),
             "--lr_scheduler=piecewise_constant and --lr_step_rules need each other",
@@ -281,10 +276,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "make_augmentations returns change it every epoch: leave out one or the other",
         ),
         (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema"),
-        (
-            args.optimizer == "adafactor" and adam != [0.9, 0.999, 1e-8],
-            "--adam_beta1, --adam_beta2 and --adam_epsilon have no meaning for --optimizer=adafactor",
-        ),
         (
             args.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"),
             "--optimizer=adamw8bit needs bitsandbytes: `pip install bitsandbytes`",
@@ -340,8 +331,6 @@ def check_rows(
                     if not os.path.abspath(path).startswith(roots):
                         raise ValueError("the image lies outside the data set's folder: move or embed it")
                     size = os.path.getsize(path)
-                    if size < 1000 and Path(path).read_bytes().startswith(LFS_POINTER):
-                        raise ValueError("it is a Git LFS pointer: run `git lfs pull`")
                 if not size:
                     raise ValueError("the image is missing or empty")
                 texts = list_captions({args.image_column: {"path": path}, args.caption_column: caption}, args)
@@ -368,19 +357,17 @@ def load_image(value: dict) -> Image.Image:
     """
     try:
         data = value["bytes"] or Path(value["path"]).read_bytes()
+        if data.startswith(LFS_POINTER):
+            raise ValueError("it is a Git LFS pointer: run `git lfs pull`")
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_IMAGE_PIXELS:,}")
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
             raise ValueError("the range of its pixel values is unknown: save it with 8 or 16 bits")
         image.load()
         with contextlib.suppress(Exception):  # an orientation that cannot be read is upright
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip to white
-            gray, transparent = np.asarray(image), image.info.get("transparency")
-            image = Image.fromarray((gray.clip(0, 65535) / 257).round().astype(np.uint8))
-            if transparent is not None:
-                image.putalpha(Image.fromarray(np.uint8(255) * (gray != transparent)))
+            gray = np.asarray(image).clip(0, 65535)
+            image = Image.fromarray((gray / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -486,11 +473,13 @@ def split_held_out(num_rows: int, held_out: float, seed: int) -> tuple[np.ndarra
 
 
 # ----------------------------------------------------------------------------------------------------- models
-def load_model(args: argparse.Namespace, flag: str, model_class: type, subfolder: str, **settings):
-    """Loads the part in `subfolder` of the model that a flag names."""
+def load_model(
+    args: argparse.Namespace, flag: str, model_class: type, subfolder: str, checkpoint=None, **settings
+):
+    """Loads the part in `subfolder` of the model that a flag names, or of a checkpoint."""
     with explain_errors(args, flag):
         location = {"subfolder": subfolder, "cache_dir": args.cache_dir}
-        return model_class.from_pretrained(getattr(args, flag), **location, **settings)
+        return model_class.from_pretrained(checkpoint or getattr(args, flag), **location, **settings)
 
 
 def load_encoders(
@@ -519,19 +508,13 @@ def load_prior(
 ) -> wuerstchen.WuerstchenPrior:
     """The prior in float32, pretrained or as `save_prior` wrote it to the checkpoint. Freeze parameters or
     add LoRA at the end; `save_prior` must then write what this function and the pipelines can load."""
+    dtype = {"torch_dtype": torch.float32}
+    prior = load_model(args, PRIOR_FLAG, wuerstchen.WuerstchenPrior, "prior", checkpoint, **dtype)
     with explain_errors(args, PRIOR_FLAG):
-        prior = wuerstchen.WuerstchenPrior.from_pretrained(
-            checkpoint or args.pretrained_prior_model_name_or_path,
-            subfolder="prior",
-            cache_dir=args.cache_dir,
-            torch_dtype=torch.float32,
-        )
-        needed = {"c_in": image_encoder.config.c_latent, "c_cond": text_encoder.config.hidden_size}
-        for name, size in needed.items():
-            if prior.config[name] != size:
-                raise ValueError(
-                    f"the prior has {name}={prior.config[name]}, but its encoder's output {size}"
-                )
+        needed = [prior.config.c_in, prior.config.c_cond]
+        widths = [image_encoder.config.c_latent, text_encoder.config.hidden_size]
+        if needed != widths:
+            raise ValueError(f"its inputs have {needed} channels, but the encoders' outputs {widths}")
     prior.set_attn_processor(AttnProcessor2_0())  # the same attention, by PyTorch's memory-efficient kernel
     if args.gradient_checkpointing:
         prior.enable_gradient_checkpointing()
@@ -547,17 +530,15 @@ def save_prior(prior: wuerstchen.WuerstchenPrior, folder: Path):
 def load_ema(
     args: argparse.Namespace, prior: wuerstchen.WuerstchenPrior, checkpoint: Path | None
 ) -> EMAModel | None:
-    """The average of the prior's weights (decay 0.9999, ramp-up) on every rank, new or the checkpoint's, in
-    the device's memory or, with --offload_ema, in main memory."""
+    """The average of the prior's weights (decay 0.9999, ramp-up) on every rank, the checkpoint's or, if there
+    is none, new, in the device's memory or, with --offload_ema, in main memory."""
     if not args.use_ema:
         return None
-    if checkpoint is None:
-        model = {"model_cls": type(prior), "model_config": prior.config}
-        ema_prior = EMAModel(prior.parameters(), foreach=True, **model)
-    elif (checkpoint / "prior_ema").is_dir():
-        ema_prior = EMAModel.from_pretrained(checkpoint / "prior_ema", type(prior), foreach=True)
+    model = {"model_cls": type(prior), "foreach": True}
+    if checkpoint and (checkpoint / "prior_ema").is_dir():
+        ema_prior = EMAModel.from_pretrained(checkpoint / "prior_ema", **model)
     else:
-        raise SystemExit(f"--use_ema: {checkpoint} has no prior_ema/, since its run did not use --use_ema")
+        ema_prior = EMAModel(prior.parameters(), model_config=prior.config, **model)
     ema_prior.to("cpu" if args.offload_ema else prior.device)
     return ema_prior
 
@@ -743,21 +724,13 @@ def is_validation_due(
 
 
 def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.WuerstchenDecoderPipeline:
-    """The pipeline that decodes the prior's latents to images. Its components are loaded by their own
-    classes, since the classes that its model_index.json names could be code in the folder."""
-    classes = {
-        "text_encoder": CLIPTextModel,  # first, since transformers 4 reports no errors of a tokenizer
-        "tokenizer": CLIPTokenizerFast,
-        "decoder": wuerstchen.WuerstchenDiffNeXt,
-        "scheduler": DDPMWuerstchenScheduler,
-        "vqgan": wuerstchen.PaellaVQModel,
-    }
-    flag = "pretrained_decoder_model_name_or_path"
-    parts = {name: load_model(args, flag, model_class, name) for name, model_class in classes.items()}
-    pipeline = wuerstchen.WuerstchenDecoderPipeline
-    with explain_errors(args, flag):
-        config = pipeline.load_config(getattr(args, flag), cache_dir=args.cache_dir)
-    return pipeline(**parts, latent_dim_scale=config.get("latent_dim_scale", 10.67)).to(dtype)
+    """The pipeline that decodes the prior's latents to images."""
+    with explain_errors(args, flag := "pretrained_decoder_model_name_or_path"):
+        source = getattr(args, flag)
+        if any(Path(source).rglob("*.py")):  # diffusers asks for trust in code on the Hub only
+            raise ValueError("the folder contains code, which loading would run: delete it")
+        pipeline_class = wuerstchen.WuerstchenDecoderPipeline
+        return pipeline_class.from_pretrained(source, cache_dir=args.cache_dir, torch_dtype=dtype)
 
 
 def decoder_image_size(decoder: wuerstchen.WuerstchenDecoderPipeline, resolution: float) -> int:
@@ -796,7 +769,6 @@ def log_validation(
     training noise. All ranks take part; `load_held_out` gives a rank's share of the held-out rows."""
     prior, ema_prior, decoder, noise_scheduler, encoders, prompt_embeds = models
     images, losses = [], {}
-    accelerator.wait_for_everyone()  # rank 0 may be saving the result
     prior.eval()
     with ema_weights(prior, ema_prior), torch.no_grad():
         if args.validation_prompts:
@@ -846,7 +818,6 @@ def generate_images(
             images = [generate_image(prompt, resolutions) for prompt, _, resolutions in progress]
     decoder.to("cpu")
     torch.cuda.empty_cache()
-    accelerator.wait_for_everyone()  # another rank may have one more image to generate
     images = gather_object(images)[: len(wanted)]
     return images if len(images) == len(wanted) else []
 
@@ -862,8 +833,7 @@ def compute_held_out_loss(
 ) -> dict[str, float]:
     """The mean loss of the held-out rows, in total and for each band of timesteps. A row's noise and timestep
     depend on its number only; the timesteps are evenly spaced in [0, 1)."""
-    device = accelerator.device
-    sums = torch.zeros(2, NUM_LOSS_BANDS, device=device)  # of losses and of samples
+    device, samples = accelerator.device, []
     for batch in tqdm(batches, "Held-out loss", leave=False):
         latents, prompt_embeds = encode_batch(batch, *encoders)
         noise, _ = sample_noise(batch["position"], latents.shape[1:], device, args.seed, "held out")
@@ -871,13 +841,13 @@ def compute_held_out_loss(
         inputs = (prior, noise_scheduler, latents, prompt_embeds, noise, timesteps)
         with accelerator.autocast():
             losses = diffusion_loss(*inputs, args.loss_weighting)
-        bands = (timesteps * NUM_LOSS_BANDS).long()
-        sums.index_add_(1, bands, torch.stack([losses, torch.ones_like(losses)]))
-    losses, counts = accelerator.reduce(sums, "sum").tolist()
-    metrics = {"val_loss": sum(losses) / sum(counts)}
-    for band, (loss, count) in enumerate(zip(losses, counts, strict=True)):
-        metrics |= {f"val_loss_t{band / NUM_LOSS_BANDS}": loss / count} if count else {}
-    return metrics
+        samples += zip(timesteps.tolist(), losses.tolist(), strict=True)
+    metrics = defaultdict(list)
+    for timestep, loss in sorted(gather_object(samples)):  # in the same order for any number of ranks
+        band = math.floor(timestep * NUM_LOSS_BANDS) / NUM_LOSS_BANDS
+        for name in ("val_loss", f"val_loss_t{band}"):
+            metrics[name].append(loss)
+    return {name: sum(losses) / len(losses) for name, losses in metrics.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -918,7 +888,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     plan["samples_per_step"] = samples_per_step
     plan["buckets"] = args.aspect_ratio_buckets and [args.resolution, args.train_batch_size]
     check_same_run(args, plan, state, checkpoint)
-    state |= {"plan": plan, "settings": public_settings(args)}
+    state["plan"] = plan
 
     # The models. The encoders are frozen, in half precision under mixed precision; the prior is float32.
     encoders = load_encoders(args, accelerator)
@@ -934,9 +904,10 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     load = functools.partial(load_batches, args, device, signals)
     preprocess = functools.partial(preprocess_train, args=args, tokenizer=tokenizer)
     if args.cache_latents:
-        dataset = cache_latents(load, dataset, sizes, rows_hash, args, tokenizer, *encoders)
-        preprocess = functools.partial(preprocess_cached, args=args, empty_embeds=prompt_embeds[""][0].cpu())
-        encoders = [None, None]  # frees their memory
+        folder = cache_latents(load, dataset, sizes, rows_hash, args, accelerator, tokenizer, *encoders)
+        cached = {"dataset": dataset, "folder": folder, "empty_embeds": prompt_embeds[""][0].cpu()}
+        preprocess = functools.partial(preprocess_cached, args=args, **cached)
+        dataset, encoders = range(len(dataset)), [None, None]  # the encoders' memory is freed
 
     # The optimizer and the schedule. The prior's weights are the checkpoint's already.
     if args.compile:
@@ -962,8 +933,10 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         init_trackers(accelerator, args, state)  # they continue at the checkpoint's step
         truncate_logs(args, state)
 
-    logger.info(f"Training from step {first_step} to {args.max_train_steps} with seed {args.seed}")
-    logger.info(f"{num_rows} rows, {samples_per_step} per step, {accelerator.num_processes} x {device.type}")
+    logger.info(
+        f"Training from step {first_step} to {args.max_train_steps} with seed {args.seed}: {num_rows} rows, "
+        f"{samples_per_step} samples per step, {accelerator.num_processes} x {device.type}"
+    )
     prior.train()
     progress = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps")  # on rank 0 only
     with deferred_signals(signals), progress, logging_redirect_tqdm():
@@ -978,12 +951,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
             if global_step > first_step and (stop or is_done or global_step % args.checkpointing_steps == 0):
                 state["global_step"] = global_step
                 saved = save_checkpoint(accelerator, args, state, unwrapped_prior, ema_prior, optimizer)
-            if stop:
-                if saved:
-                    logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
-                end_training(accelerator)
-                sys.exit(128 + max(signals, default=signal.SIGTERM) if saved else 74)  # EX_IOERR
-            if is_done:
+            if stop or is_done:
                 break
 
             # ---- One training step (all ranks); random numbers follow from seed and samples' positions
@@ -1027,8 +995,12 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                 delete(stale_checkpoints.pop())
             progress.set_postfix(metrics, refresh=False)
             progress.update()
-    if signals:  # received at the end of the last step; from here on a signal ends the process
-        sys.exit(128 + signals[0] if saved else 74)
+    if stop or signals:  # after the last step, one rank alone may have received a signal
+        if saved:
+            logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
+        if stop:
+            end_training(accelerator)
+        sys.exit(128 + max(signals, default=signal.SIGTERM) if saved else 74)  # EX_IOERR
     # The result is on disk before anything is validated or uploaded.
     if is_main_process:
         with ema_weights(unwrapped_prior, ema_prior):
@@ -1037,9 +1009,9 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     if is_main_process:
         with only_warn("Writing README.md"):
             save_model_card(args, image_size, global_step, plan, accelerator)
+        log_summary(args, global_step)
         if args.push_to_hub:
             push_to_hub(args, global_step)
-        log_summary(args, global_step)
     end_training(accelerator)
 
 
@@ -1101,16 +1073,16 @@ def list_files(folder: str, parents: tuple[str, ...] = ()) -> list[str]:
 def select_train_files(files: list[str], root: str) -> list[str]:
     """The files in the split train or, if there are none, in no split. An image's split is its top-level
     folder; a data file's is any folder or its name, such as test-00000-of-00001.parquet."""
-    splits = {}
+    splits = defaultdict(list)
     for file in files:
         is_data_file = file.lower().endswith(tuple(BUILDERS))
         pattern = r"(?:.*/)?%s(/|(-\d{5}-of-\d{5})?\.\w+$)" if is_data_file else "%s/"
         match = re.match(pattern % "(train|validation|test)", Path(os.path.relpath(file, root)).as_posix())
-        splits.setdefault(match and match[1], []).append(file)
+        splits[match and match[1]].append(file)
     wanted = "train" if "train" in splits else None
     if files and wanted not in splits:
         raise ValueError(f"there are no rows in a split named train, only in {', '.join(sorted(splits))}")
-    return splits.get(wanted, [])
+    return splits[wanted]
 
 
 def read_image_folder(root: str, files: list[str], caption_column: str) -> list[tuple[str, list[str] | None]]:
@@ -1144,14 +1116,13 @@ def read_image_folder(root: str, files: list[str], caption_column: str) -> list[
             else:
                 uncaptioned.append(image)
     used = set(select_train_files([path for path, _ in rows], root))
-    if rows:
-        logger.info(f"Found {len(rows)} captioned images in {root}, {len(used)} in the split train")
     if rows and uncaptioned:
         logger.warning(
             f"{len(uncaptioned)} images without captions are not used: {printable(uncaptioned[0])}"
         )
-    rows = [(path, as_text(caption)) for path, caption in rows if path in used]
-    return [(path.encode(errors="replace").decode(), captions) for path, captions in rows]
+    return [
+        (path.encode(errors="replace").decode(), as_text(caption)) for path, caption in rows if path in used
+    ]
 
 
 def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]]:
@@ -1165,13 +1136,13 @@ def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]
         return
     line, columns = 1, {}
     try:
-        with open(file, "rb") as source:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape") as source:
             if file.endswith(".parquet"):
-                rows = pq.read_table(source).to_pylist()
+                rows = pq.ParquetFile(file).read().to_pylist()
             elif file.endswith(".csv"):
-                lines = io.StringIO(source.read().decode("utf-8-sig"), newline=None).readlines()
-                separator = max(",;\t", key="".join(lines[:1]).count)
-                rows = csv.DictReader(lines, delimiter=separator, strict=True)
+                separator = max(",;\t", key=source.readline().count)
+                source.seek(0)
+                rows = csv.DictReader(source, delimiter=separator, strict=True)
             else:
                 rows = (json.loads(text) if text.strip() else None for text in source)
             for row in rows:
@@ -1202,9 +1173,7 @@ def load_data_files(root: str, files: list[str], args: argparse.Namespace) -> da
             "it has no captioned images, WebDataset (.tar), Parquet or Arrow files. Write captions to "
             'metadata.jsonl, a line {"file_name": "cat.jpg", "text": "a cat"} for each image, or to cat.txt'
         )
-    found = [file for file in files if file.lower().endswith(suffix)]
-    files = select_train_files(found, root)
-    logger.info(f"Found {len(found)} {suffix} files in {root}, {len(files)} in the split train")
+    files = select_train_files([file for file in files if file.lower().endswith(suffix)], root)
     # Each file is given, escaped: `datasets` takes words in names for splits and [brackets] for patterns.
     data_files = {"train": [glob.escape(file) for file in files]}
     load = functools.partial(datasets.load_dataset, BUILDERS[suffix], data_files=data_files, split="train")
@@ -1274,10 +1243,7 @@ def choose_sizes(
     # Unreadable rows get the most frequent size. They fail later, or rows of that size replace them.
     nearest[np.isnan(ratios)] = counts.argmax()
     num_rows = Counter(f"{width}x{height}" for height, width in sizes[nearest].tolist())
-    too_few = counts[~is_used & (counts > 0)].sum()
-    logger.info(
-        f"Rows of each WIDTHxHEIGHT: {dict(num_rows)}. {too_few} are of shapes with fewer than a micro-batch"
-    )
+    logger.info(f"Rows of each WIDTHxHEIGHT: {dict(num_rows)}; rarer shapes are cropped to these")
     return sizes[nearest]
 
 
@@ -1331,7 +1297,8 @@ class SampleDataset(Dataset):
     """Reads samples: pairs of a position, from which all random numbers follow, and a row.
 
     An unreadable row gives {"error": message} or, with --skip_bad_rows, a random one of `rows` of its size in
-    its place. The error is a value, since a DataLoader wraps an exception in its worker's traceback.
+    its place, or of any size if no other has that size, since the row is then a batch of its own. The error
+    is a value, since a DataLoader wraps an exception in its worker's traceback.
     """
 
     dataset: datasets.Dataset
@@ -1352,8 +1319,8 @@ class SampleDataset(Dataset):
                 skipped.append(f"row {row}: {error}")
             if not self.args.skip_bad_rows:
                 return {"error": f"{skipped[0]}; fix it, or skip such rows with --skip_bad_rows"}
-            fits = (self.sizes[self.rows] == self.sizes[row]).all(axis=1) | (self.args.train_batch_size == 1)
-            row = int(random.choice(self.rows[fits]))
+            fits = (self.sizes[self.rows] == self.sizes[row]).all(axis=1)
+            row = int(random.choice(self.rows[fits] if fits.sum() > 1 else self.rows))
         return {"error": f"{MAX_BAD_ROWS} rows in succession cannot be read: {skipped[-1]}"}
 
 
@@ -1403,22 +1370,22 @@ def load_batches(
             batch = next(iterator, None)
         except (OSError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1]
+            has_timed_out = "DataLoader timed out" in reason
+            if has_timed_out and not signals:
+                logger.warning_once(
+                    f"Waiting for a batch for {BATCH_TIMEOUT} seconds: is the data set's storage slow?"
+                )
+                continue
+            kill_workers()  # or PyTorch would wait 5 seconds for each
+            if has_timed_out:
+                logger.error("Stopped without a checkpoint, since no batch came")
+                raise SystemExit(128 + signals[-1]) from None
             if iterator is None or "DataLoader worker (pid" in reason or "shared memory" in reason:
-                kill_workers()  # or PyTorch would wait 5 seconds for each
                 raise SystemExit(
                     f"--dataloader_num_workers={num_workers}: {printable(reason)}; each worker needs memory "
                     "and /dev/shm (docker run --shm-size=1g): use fewer, or a smaller --train_batch_size"
                 ) from None
-            if "DataLoader timed out" not in reason:
-                raise
-            if signals:
-                kill_workers()  # or PyTorch would wait for each that is blocked
-                logger.error("Stopped without a checkpoint, since no batch came")
-                raise SystemExit(128 + signals[-1]) from None
-            logger.warning_once(
-                f"Waiting for a batch for {BATCH_TIMEOUT} seconds: is the data set's storage slow?"
-            )
-            continue
+            raise
         if batch is None:
             return
         if "error" in batch:
@@ -1431,12 +1398,6 @@ def load_batches(
 # ------------------------------------------------------------------------------------------------------ cache
 # Encodes each row once and keeps the encoders' outputs on disk, for --cache_latents.
 CACHE_BATCH_SIZE = 32  # rows that are encoded at once
-CACHE_SHARD_SIZE, MAX_CACHE_SHARDS = 2048, 256  # minimum rows in a file; maximum files, which all stay open
-
-
-def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
-    """The values of a tensor of any dtype, as Arrow can store them."""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenizer, *encoders) -> str:
@@ -1445,48 +1406,26 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
     `embed_captions`, `embed_images` and `normalize_pixels`."""
     sources = [inspect.getsource(function) for function in (embed_captions, embed_images, normalize_pixels)]
     models = [repr(encoder) for encoder in encoders]  # activations and strides
-    digest = hashlib.sha256(repr((rows_hash, dataset._fingerprint, sizes.tolist(), sources, models)).encode())
+    tensors = [tensor for encoder in encoders for tensor in encoder.state_dict().values()]
     for row in np.linspace(0, len(dataset) - 1, 8).astype(int).tolist():
         with contextlib.suppress(ValueError):  # a bad row
             sample = preprocess_row(dataset[row], sizes[row].tolist(), False, args)
             tokens = tokenize_captions(sample["captions"], tokenizer)
-            for tensor in (sample["effnet_pixel_values"], *tokens.values()):
-                digest.update(tensor_to_bytes(tensor))
-    for model in encoders:
-        for name, tensor in model.state_dict().items():
-            digest.update(f"{name} {tensor.dtype}".encode() + tensor_to_bytes(tensor))
-    return digest.hexdigest()
+            tensors += [sample["effnet_pixel_values"], *tokens.values()]
+    hashes = [Hasher.hash(tensor) for tensor in tensors]
+    return Hasher.hash(repr([rows_hash, dataset._fingerprint, sizes.tolist(), sources, models, hashes]))
+
+
+def cache_file(folder: Path, row: int) -> Path:
+    """The file of a row's `latents`, (16, height / 32, width / 32), and `prompt_embeds`, (num_captions, 77,
+    width), as the encoders return them."""
+    return folder / str(row // 1000) / f"{row}.safetensors"
 
 
 def preprocess_row(row: dict, size: tuple[int, int], train: bool, args: argparse.Namespace) -> dict:
-    """A row as pixels, (3, height, width) uint8, all its captions and, with --skip_bad_rows, the error if its
-    image cannot be read."""
-    try:
-        pixels, unreadable = make_image_transforms(size)(load_image(row[args.image_column])), ""
-    except ValueError as error:
-        if not args.skip_bad_rows:
-            raise
-        pixels, unreadable = torch.zeros(3, *size, dtype=torch.uint8), str(error)
-    captions = list_captions(row, args)
-    return {"effnet_pixel_values": pixels, "captions": captions, "unreadable": unreadable}
-
-
-def encode_shard(file: Path, batches: Iterable[dict], tokenizer, text_encoder, image_encoder):
-    """Encodes the rows of a shard and writes them under a temporary name until all are there."""
-    partial = file.with_suffix(".partial")
-    with ArrowWriter(path=str(partial)) as writer:
-        for batch in batches:
-            latents = embed_images(batch["effnet_pixel_values"], image_encoder).cpu()
-            captions = list(itertools.chain.from_iterable(batch["captions"]))
-            embeds = iter(embed_captions(tokenize_captions(captions, tokenizer), text_encoder).cpu())
-            columns = {name: batch[name] for name in ("position", "unreadable")}
-            columns["latents"] = list(map(tensor_to_bytes, latents))
-            columns["prompt_embeds"] = [
-                [tensor_to_bytes(next(embeds)) for _ in texts] for texts in batch["captions"]
-            ]
-            writer.write_batch(columns)
-        writer.finalize()
-    partial.replace(file)
+    """A row as pixels, (3, height, width) uint8, and all its captions."""
+    pixels = make_image_transforms(size)(load_image(row[args.image_column]))
+    return {"effnet_pixel_values": pixels, "captions": list_captions(row, args)}
 
 
 def cache_latents(
@@ -1495,82 +1434,61 @@ def cache_latents(
     sizes: np.ndarray,
     rows_hash: str,
     args: argparse.Namespace,
-    *models,
-) -> datasets.Dataset:
-    """The rows as the encoders' outputs: computed once, kept on disk by `cache_key`, and memory-mapped.
-
-    Each rank encodes its share of the shards, and then waits for the others. An interrupted pass continues at
-    the next shard, with any number of ranks. `models` are the tokenizer, the text encoder and the image
-    encoder.
-    """
+    accelerator: Accelerator,
+    tokenizer: CLIPTokenizerFast,
+    text_encoder: CLIPTextModel,
+    image_encoder: EfficientNetEncoder,
+) -> Path:
+    """Encodes the rows that have no `cache_file`, each rank its share, and returns the folder of the files.
+    With --skip_bad_rows an unreadable image gets none, so that the next run tries it again."""
     folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_latents")
-    folder /= cache_key(dataset, sizes, rows_hash, args, *models)
-    load = functools.partial(load, dataset, sizes, functools.partial(preprocess_row, args=args), train=False)
-    shard_size = max(CACHE_SHARD_SIZE, math.ceil(len(dataset) / MAX_CACHE_SHARDS))
-    starts, ranks = range(0, len(dataset), shard_size), AcceleratorState()
-
-    def load_shard(file: Path, rows: range) -> datasets.Dataset | None:
-        """A shard in row order, or None if it is truncated, or an unreadable image is readable now."""
-        with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are ValueErrors
-            encoded = datasets.Dataset.from_file(str(file))
-            positions, errors = (encoded.data[name].to_pylist() for name in ("position", "unreadable"))
-            for position, error in zip(positions, errors, strict=True):
-                with contextlib.suppress(ValueError):
-                    if error and load_image(dataset[rows[position]][args.image_column]):
-                        return None
-            order = np.argsort(positions)
-            return encoded.select(order, keep_in_memory=True) if len(order) == len(rows) else None
-
-    def load_or_encode(start: int) -> datasets.Dataset:
-        file, rows = folder / f"{start:09d}.arrow", range(start, min(start + shard_size, len(dataset)))
-        encoded = load_shard(file, rows)  # needs no lock, which a read-only cache does not allow
-        if encoded is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{file}.lock"):
-                while (encoded := load_shard(file, rows)) is None:
-                    batches = group_by_size(rows, sizes, CACHE_BATCH_SIZE)
-                    name = f"Encoding rows {rows.start} to {rows.stop} of {len(dataset)}"
-                    encode_shard(file, tqdm(load(rows, batches), name, len(batches)), *models)
-        return encoded
-
-    def own_first(start: int) -> int:
-        return (start // shard_size - ranks.process_index) % ranks.num_processes
-
+    folder /= cache_key(dataset, sizes, rows_hash, args, tokenizer, text_encoder, image_encoder)
+    own_rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    missing = [row for row in own_rows if not cache_file(folder, row).exists()]
+    groups, rows = group_by_size(missing, sizes, CACHE_BATCH_SIZE), np.arange(len(dataset))
+    batches = load(dataset, sizes, functools.partial(preprocess_row, args=args), rows, groups, train=False)
     with explain_errors(args, "cache_dir"):
-        shards = {start: load_or_encode(start) for start in sorted(starts, key=own_first)}
-    return datasets.concatenate_datasets([shards[start] for start in starts])
+        for batch in tqdm(batches, f"Encoding {len(missing)} rows", len(groups)):
+            latents = embed_images(batch["effnet_pixel_values"], image_encoder).cpu()
+            texts = [caption for captions in batch["captions"] for caption in captions]
+            embeds = embed_captions(tokenize_captions(texts, tokenizer), text_encoder).cpu()
+            embeds = embeds.split([len(captions) for captions in batch["captions"]])
+            for row, row_latents, row_embeds in zip(batch["row"], latents, embeds, strict=True):
+                tensors = {"latents": row_latents, "prompt_embeds": row_embeds}
+                file = cache_file(folder, row)
+                partial = file.with_suffix(f".{secrets.token_hex(4)}")  # another run may write it as well
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                partial.write_bytes(safetensors.torch.save(tensors))
+                partial.replace(file)
+    accelerator.wait_for_everyone()
+    return folder
 
 
 def preprocess_cached(
-    row: dict, size: tuple[int, int], train: bool, args: argparse.Namespace, empty_embeds: torch.Tensor
+    row: int,
+    size: tuple[int, int],
+    train: bool,
+    args: argparse.Namespace,
+    dataset: datasets.Dataset,
+    folder: Path,
+    empty_embeds: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """As `preprocess_train`, for a row of `cache_latents`: latents (16, height / 32, width / 32) and
-    prompt_embeds (77, width), of the shape and dtype of `empty_embeds`, the empty caption's."""
-    if row["unreadable"]:
-        raise ValueError(row["unreadable"])
+    """As `preprocess_train`, from a row's `cache_file`: latents, (16, height / 32, width / 32), and the
+    embeddings of one caption, (77, width), or `empty_embeds`."""
+    file = cache_file(folder, row)
+    try:
+        cached = safetensors.torch.load(file.read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        load_image(dataset[row][args.image_column])  # raises the reason if the image is unreadable
+        raise ValueError(f"{file} cannot be read ({error}): delete it") from None
     caption_dropout = args.caption_dropout if train else 0.0
-    caption = choose_caption(row["prompt_embeds"], caption_dropout, tensor_to_bytes(empty_embeds))
-    height, width = (math.ceil(side / STRIDE) for side in size)
-    latents = torch.frombuffer(bytearray(row["latents"]), dtype=empty_embeds.dtype)
-    prompt_embeds = torch.frombuffer(bytearray(caption), dtype=empty_embeds.dtype)
-    return {"latents": latents.view(-1, height, width), "prompt_embeds": prompt_embeds.view_as(empty_embeds)}
+    embeds = choose_caption(list(cached["prompt_embeds"]), caption_dropout, empty_embeds)
+    return {"latents": cached["latents"], "prompt_embeds": embeds}
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 # Locks the output folder, and writes, finds and compares checkpoints in it.
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.bin"  # the first is written last
-# Flags that are secret, or whose values only have a meaning on this machine or for this repo.
-PRIVATE_FLAGS = {"hub_token", "hub_model_id", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"}
-PRIVATE_FLAGS |= {"dataloader_num_workers", "local_rank"}
-
-
-def public_settings(args: argparse.Namespace) -> dict:
-    """The flags that may be kept in checkpoints and published: no private ones, and no local paths."""
-    return {
-        name: value
-        for name, value in vars(args).items()
-        if name not in PRIVATE_FLAGS and not (name.endswith(PATH_FLAGS) and os.path.exists(str(value)))
-    }
 
 
 def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> filelock.FileLock:
@@ -1592,8 +1510,8 @@ def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> filel
 
 
 def read_state(checkpoint: Path) -> dict | None:
-    """Reads trainer_state.json: global_step, validated_step, the plan of samples, settings, wandb_run_id and
-    the sizes of all files. None if a file is missing or has another size, as in a partial copy."""
+    """Reads trainer_state.json: global_step, validated_step, the plan of samples, wandb_run_id and the
+    sizes of all files. None if a file is missing or has another size, as in a partial copy."""
     with contextlib.suppress(Exception):  # whatever lies in the folder
         state = json.loads((checkpoint / STATE_FILE).read_text())
         if all((checkpoint / name).stat().st_size == size for name, size in state["files"].items()):
@@ -1622,16 +1540,12 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 
 def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[Path]:
     """Refuses to replace files of another run. A new run refuses any file; with `latest` and no checkpoint,
-    any file but logs; a resumed run, newer checkpoints. Returns the checkpoints to delete."""
+    checkpoints and results; a resumed run, newer checkpoints. Returns the checkpoints to delete."""
     stale = list_checkpoints(args.output_dir)
     names = {path.name for path in args.output_dir.iterdir() if not path.name.startswith(".")}
     if args.resume_from_checkpoint == "latest":
-        names -= {
-            "loss.jsonl",
-            "loss.png",
-            "samples",
-            args.tracker_project_name,
-            *Path(args.logging_dir).parts[:1],
+        names = {
+            name for name in names if re.match("checkpoint-|model_index.json|prior_pipeline|README.md", name)
         }
     if checkpoint in stale:
         stale = stale[stale.index(checkpoint) + 1 :]
@@ -1646,22 +1560,16 @@ def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[
 
 
 def check_same_run(args: argparse.Namespace, plan: dict, state: dict, checkpoint: Path | None):
-    """Refuses to resume with other samples or another optimizer. Reports other flags that changed, and
-    settings that are probably unintended."""
+    """Refuses to resume with other samples or another optimizer."""
     starts = gather_object([(state["global_step"], plan)])
     if any(start != starts[0] for start in starts):
         raise SystemExit("processes found other rows or checkpoints: share data and --output_dir among nodes")
-    saved, settings = state.get("plan", plan), state.get("settings", {})
+    saved = state.get("plan", plan)
     for name, value in plan.items():
         if saved.get(name) != value:
             raise SystemExit(
                 f"{checkpoint} cannot be resumed exactly: its run had {name}={saved.get(name)}, not {value}"
             )
-    for name, value in public_settings(args).items():
-        if settings.get(name, value) != value:
-            logger.warning(f"Changed since {checkpoint}: --{name}={value} (was {settings[name]})")
-    if plan["samples_per_step"] > plan["num_rows"]:
-        logger.warning("A step has more samples than there are rows: some repeat in it")
     if args.lr_warmup_steps >= args.max_train_steps and not args.lr_scheduler.endswith("constant"):
         logger.warning(f"--lr_warmup_steps={args.lr_warmup_steps} is not shorter than the run: lower it")
 
@@ -1687,13 +1595,9 @@ def save_checkpoint(
     Then checkpoints over the limit are deleted. Rank 0 writes; all ranks wait.
 
     If that fails, say on a full disk, the older checkpoints remain, the run continues, and the result is
-    False. Weights that are not finite end the run.
+    False.
     """
-    norms = torch._foreach_norm([parameter.detach() for parameter in prior.parameters()])
-    if not torch.stack(norms).isfinite().all():
-        raise SystemExit(
-            f"stopped after step {state['global_step']}: weights are not finite, and were not saved"
-        )
+
     checkpoint = args.output_dir / f"checkpoint-{state['global_step']}"
     partial = args.output_dir / ".checkpoint.partial"
     saved = False
@@ -1708,11 +1612,10 @@ def save_checkpoint(
             files = [path for path in partial.rglob("*") if path.is_file()]
             sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
             (partial / STATE_FILE).write_text(json.dumps(state | {"files": sizes}, indent=2))
-            flush_to_disk(*partial.rglob("*"), partial)
+            flush_to_disk(partial)
             with contextlib.suppress(FileNotFoundError):  # an incomplete one, or a folder of the user's
                 checkpoint.rename(f"{checkpoint}.{time.time_ns()}")
             partial.rename(checkpoint)
-            flush_to_disk(args.output_dir)
             saved = True
             logger.info(f"Saved {checkpoint}")
             for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
@@ -1722,26 +1625,18 @@ def save_checkpoint(
                 raise
             logger.error(f"{checkpoint} was not saved: {printable(str(error))}")
             delete(partial)
-    accelerator.wait_for_everyone()
     return broadcast_object_list([saved])[0]
 
 
-def flush_to_disk(*paths: Path):
-    """Flushes files and folders to disk. Gives files the usual modes, since safetensors 0.8 lets only their
-    owner read them."""
+def flush_to_disk(folder: Path):
+    """Flushes the files in a folder to disk, before it is renamed. Gives them the usual modes, since
+    safetensors 0.8 lets only their owner read them."""
     os.umask(umask := os.umask(0))
-    for path in paths:
-        with contextlib.suppress(OSError):  # not every file system has modes, or can flush folders
-            if path.is_file():
-                path.chmod(0o666 & ~umask)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError:
-            if path.is_file():
-                raise
-        finally:
-            os.close(descriptor)
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with contextlib.suppress(OSError):  # not every file system has modes
+            path.chmod(0o666 & ~umask)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def delete(path: Path):
@@ -1777,8 +1672,6 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     atexit.register(kill_workers)
     # PyTorch's handler would raise at any point when a worker dies; `load_batches` gets that error anyway.
     torch.utils.data._utils.signal_handling._set_SIGCHLD_handler = lambda: None
-    # Python prints a traceback when a DataLoader that could not start its workers is deleted.
-    sys.unraisablehook = lambda unraisable: None
     sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     if args.hub_token:  # wandb and comet_ml record the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
@@ -1811,8 +1704,6 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     # DDP warns about strides of size-1 dimensions: harmless.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    if precision != "no" and not accelerator.native_amp:
-        logger.warning(f"{accelerator.device} has no {precision}: training in float32")
     return accelerator
 
 
@@ -1847,20 +1738,21 @@ def deferred_signals(received: list[int]) -> Iterator[None]:
         if number == signal.SIGINT and received:
             os._exit(128 + number)
         received.append(number)
-        with contextlib.suppress(OSError):
-            os.write(
-                2, b"\nStopping after the next step, with a checkpoint; a second Ctrl-C stops at once.\n"
-            )
+        print(
+            "\nStopping after the next step, with a checkpoint; a second Ctrl-C stops at once.",
+            file=sys.stderr,
+        )
 
-    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
-    if threading.current_thread() is not threading.main_thread():
-        handled = []  # Python sets handlers in the main thread only
-    previous = [(number, signal.signal(number, handler)) for number in handled]
+    previous = {}
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for number_and_handler in previous:
-            signal.signal(*number_and_handler)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
 def prepare_worker(worker_id: int):
@@ -1897,7 +1789,7 @@ def explain_errors(args: argparse.Namespace, flag: str) -> Iterator[None]:
         while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # the reason, for example a full disk
         reason = str(error).strip() if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        if "LocalEntryNotFoundError" in trace:
+        if re.search("LocalEntryNotFoundError|not cached locally", trace):
             reason = "it is not a local folder, not in the cache, and the Hub cannot be reached"
         for file in [Path(str(value)), *Path(str(value)).rglob("*")]:
             with contextlib.suppress(OSError):  # folders, and files that cannot be read
@@ -1928,8 +1820,8 @@ SAMPLE_FILE = "samples/step-{:07d}-{}.png"  # of a step and one of the `validati
 
 def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: dict):
     """Starts the trackers, or continues the curves of the run that is resumed."""
-    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    config = {name: v if isinstance(v, (int, float)) else str(v) for name, v in settings.items()}
+    config = {name: v if isinstance(v, (int, float)) else str(v) for name, v in vars(args).items()}
+    del config["hub_token"]
     init_kwargs = {
         "tensorboard": {"purge_step": state["global_step"] + 1 if state["global_step"] else 0},
         "wandb": {"id": state["wandb_run_id"], "resume": "allow"},
@@ -1960,7 +1852,7 @@ def read_metrics(output_dir: Path, name: str) -> list[dict[str, float]]:
 def truncate_logs(args: argparse.Namespace, state: dict):
     """Removes from loss.jsonl and samples/ what a run that starts at `state` writes again."""
     with only_warn("Truncating loss.jsonl"):
-        output_dir, trained = args.output_dir, state["global_step"] or -1
+        output_dir, trained = args.output_dir, state["global_step"]
         validated = min(state["validated_step"], args.max_train_steps - 1)  # the end is always validated
         rows = read_metrics(output_dir, "step")
         rows = [row for row in rows if row["step"] <= (trained if "train_loss" in row else validated)]
@@ -1979,34 +1871,24 @@ def find_sample(args: argparse.Namespace, global_step: int, prompt: str, name: s
         return file if image.info.get("prompt") == prompt else None
 
 
-def training_command(args: argparse.Namespace) -> str:
-    """The settings as a command, for images and the model card."""
-    words = ["accelerate", "launch", Path(__file__).name]
-    for name, value in public_settings(args).items():
-        if value is not None and value is not False:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(str(value) for value in values if value is not True)]
-    return shlex.join(words)
-
-
 def log_images(
     accelerator: Accelerator, args: argparse.Namespace, images: list[Image.Image], global_step: int
 ):
     """Logs images and their prompts to each tracker and to samples/."""
-    named = list(zip(validation_images(args), images, strict=False))  # there are none if one failed
-    for tracker in accelerator.trackers if images else []:
+    if not images:  # or one failed
+        return
+    named = list(zip(validation_images(args), images, strict=True))
+    for tracker in accelerator.trackers:
         with only_warn(f"Logging images to {tracker.name}"):
             log_images_to_tracker(tracker, [(prompt, image) for (prompt, *_), image in named], global_step)
     with only_warn("Writing samples/"):
         for (prompt, name, _), image in named:
             text = PngImagePlugin.PngInfo()
             text.add_itxt("prompt", prompt)
-            text.add_itxt("settings", training_command(args))
             file = args.output_dir / SAMPLE_FILE.format(global_step, name)
             file.parent.mkdir(exist_ok=True)
             image.save(file, pnginfo=text)
-        if images:
-            save_contact_sheet(args)
+        save_contact_sheet(args)
 
 
 def log_images_to_tracker(tracker, images: list[tuple[str, Image.Image]], global_step: int):
@@ -2017,31 +1899,27 @@ def log_images_to_tracker(tracker, images: list[tuple[str, Image.Image]], global
         if tracker.name == "tensorboard":
             tracker.log_images({name: np.asarray(image)[None]}, step=global_step, dataformats="NHWC")
             values[name] = prompt
-        elif tracker.name == "wandb":
-            wandb_image = importlib.import_module("wandb").Image(image, caption=prompt)
-            values.setdefault("validation", []).append(wandb_image)
-        elif tracker.name == "trackio":  # it ignores lists of images
-            values[name] = importlib.import_module("trackio").Image(image, caption=prompt)
+        elif tracker.name in ("wandb", "trackio"):
+            values[name] = importlib.import_module(tracker.name).Image(image, caption=prompt)
         elif tracker.name == "comet_ml":
             tracker.tracker.log_image(image, name=prompt, step=global_step)
     tracker.log(values, step=global_step)
 
 
-def save_contact_sheet(args: argparse.Namespace, side: int = 192):
+def save_contact_sheet(args: argparse.Namespace, side: int = 184):
     """Writes samples/contact-sheet.png: a row for each prompt and size, a column for each step, at most 12
-    with the first and the last. For many prompts there are fewer, since reading an image takes 50 ms."""
+    with the first and the last."""
     rows, samples = validation_images(args), args.output_dir / "samples"
-    steps = sorted({int(file.name.split("-")[1]) for file in samples.glob("step-*-prompt-*.png")})
-    shown = np.linspace(0, len(steps) - 1, min(len(steps), 12, max(2, 256 // len(rows))))
-    steps = [steps[index] for index in shown.round().astype(int)]
+    steps = np.unique([int(file.name.split("-")[1]) for file in samples.glob("step-*-prompt-*.png")])
+    steps = steps[np.linspace(0, len(steps) - 1, min(len(steps), 12)).round().astype(int)]
     font = ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSansMono.ttf", 12)
     cells = []
     for (prompt, name, _), step in itertools.product(rows, steps):
-        cell, file = Image.new("RGB", (side, side + 68), "white"), find_sample(args, step, prompt, name)
+        file = find_sample(args, step, prompt, name)
+        image = Image.open(file) if file else Image.new("RGB", (side, side), "white")
+        cell = ImageOps.expand(ImageOps.pad(image, (side, side), color="white"), (4, 72, 4, 4), "white")
         label = textwrap.fill(prompt, 24, max_lines=3, placeholder=" ...")
         ImageDraw.Draw(cell).text((4, 4), f"step {step}\n{label}", "black", font)
-        if file:
-            cell.paste(ImageOps.pad(Image.open(file), (side - 8, side - 8), color="white"), (4, 72))
         cells.append(cell)
     make_image_grid(cells, rows=len(rows), cols=len(steps)).save(samples / "contact-sheet.png")
 
@@ -2068,8 +1946,9 @@ def save_loss_curve(output_dir: Path):
 
 # ------------------------------------------------------------------------------------------------- publishing
 # Saves the result, describes it in a model card, and uploads it.
-RESULT_FOLDERS = ["prior_prior", "prior_text_encoder", "prior_tokenizer", "prior_scheduler", "prior_pipeline"]
-RESULT_FOLDERS += ["decoder", "vqgan", "text_encoder", "tokenizer", "scheduler"]
+# Flags that are secret, or whose values only have a meaning on this machine or for this repo.
+PRIVATE_FLAGS = {"hub_token", "hub_model_id", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"}
+PRIVATE_FLAGS |= {"dataloader_num_workers", "local_rank"}
 
 
 def check_destinations(args: argparse.Namespace) -> str:
@@ -2089,7 +1968,7 @@ def check_destinations(args: argparse.Namespace) -> str:
 def save_components(pipeline: diffusers.DiffusionPipeline, folder: Path):
     """Writes a pipeline; of a tokenizer also the files that transformers 4 reads."""
     for name, component in pipeline.components.items():
-        if name == "prior":
+        if isinstance(component, wuerstchen.WuerstchenPrior):
             save_prior(component, folder / name)
             continue
         if isinstance(component, diffusers.ModelMixin):
@@ -2102,7 +1981,7 @@ def save_components(pipeline: diffusers.DiffusionPipeline, folder: Path):
 
 def move_into_place(partial: Path, output_dir: Path):
     """Moves complete parts from a temporary folder into the result, and deletes the old parts."""
-    flush_to_disk(*partial.rglob("*"), partial)
+    flush_to_disk(partial)
     old = output_dir / f".result.{time.time_ns()}"
     old.mkdir()
     for path in partial.iterdir():
@@ -2128,45 +2007,44 @@ def save_pipeline(args: argparse.Namespace, prior, tokenizer, noise_scheduler) -
         try:
             save_components(pipeline, partial / "prior_pipeline")
             move_into_place(partial, output_dir)
-            save_components(decoder, partial)
-            for file in (output_dir / "prior_pipeline").glob("*/*"):
-                target = partial / f"prior_{file.parent.name}" / file.name
-                target.parent.mkdir(exist_ok=True)
-                try:
-                    os.link(file, target)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(file, target)
-            combined.save_config(partial)
+            save_components(combined, partial)
             move_into_place(partial, output_dir)
         finally:
             delete(partial)
     return decoder_image_size(decoder, args.resolution)
 
 
+def training_command(args: argparse.Namespace) -> str:
+    """The settings as a command that may be published: without private flags and local paths."""
+    words = ["accelerate", "launch", Path(__file__).name]
+    for name, value in vars(args).items():
+        is_local = name.endswith(PATH_FLAGS) and os.path.exists(str(value))
+        if name not in PRIVATE_FLAGS and not is_local and value is not None and value is not False:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(str(value) for value in values if value is not True)]
+    return shlex.join(words)
+
+
 def save_model_card(
     args: argparse.Namespace, image_size: int, global_step: int, plan: dict, accelerator: Accelerator
 ):
-    """Writes README.md, the model card: models, data, settings, duration, images, and code to use it."""
+    """Writes README.md, the model card: models, data, settings, images, and code to use it."""
     prompts = args.validation_prompts or []
     sources = (args.pretrained_prior_model_name_or_path, args.dataset_name)
     base_model, dataset = (name if name and not os.path.exists(name) else None for name in sources)
-    license_name = None
-    with contextlib.suppress(Exception):  # there may be no card, or no connection to the Hub
-        license_name = hub.ModelCard.load(base_model or Path(sources[0], "README.md")).data.license
+
     found = [find_sample(args, global_step, *image[:2]) for image in validation_images(args)[: len(prompts)]]
     images = [Image.open(file) for file in found if file]
-    delete(args.output_dir / "grid.png")  # it may be of an earlier run
     if images:
         make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "grid.png")
     source = args.hub_model_id if args.push_to_hub else str(args.output_dir.resolve())
-    speeds = [row["images_per_second"] for row in read_metrics(args.output_dir, "images_per_second")]
-    duration = timedelta(seconds=round(sum(plan["samples_per_step"] / speed for speed in speeds)))
+
     epochs = global_step * plan["samples_per_step"] / plan["num_rows"]
     card = f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [wuerstchen, text-to-image, diffusers, diffusers-training]
-{f"license: {license_name}" if license_name else ""}
+
 {f"base_model: {base_model}" if base_model else ""}
 {f"datasets: [{dataset}]" if dataset else ""}
 ---
@@ -2196,7 +2074,7 @@ The weights are float32. The prior alone, with its text encoder, is the pipeline
 
 ## How it was trained
 For {global_step} steps of {plan["samples_per_step"]} samples, {epochs:.1f} epochs of {plan["num_rows"]} rows,
-in {duration} hours on {accelerator.num_processes} x {accelerator.device.type}:
+on {accelerator.num_processes} x {accelerator.device.type}:
 ```bash
 {training_command(args)}
 ```
@@ -2208,15 +2086,11 @@ in {duration} hours on {accelerator.num_processes} x {accelerator.device.type}:
 def push_to_hub(args: argparse.Namespace, global_step: int):
     """Uploads what a user of the model needs, and nothing else."""
     names = ["README.md", "model_index.json", "grid.png", "loss.png", f"samples/step-{global_step:07d}-*"]
-    names += [f"{folder}/*" for folder in RESULT_FOLDERS]
+    components = json.loads((args.output_dir / "model_index.json").read_text())
+    names += [f"{folder}/*" for folder in ("prior_pipeline", *components)]
     settings = {"token": args.hub_token, "commit_message": "End of training", "allow_patterns": names}
-    try:
+    with explain_errors(args, "push_to_hub"):
         hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **settings)
-    except Exception as error:
-        raise SystemExit(
-            f"--push_to_hub: {printable(str(error))}; the result is complete in {args.output_dir}; to push "
-            "it, run the same command with --resume_from_checkpoint=latest"
-        ) from None
 
 
 @only_warn("The summary")

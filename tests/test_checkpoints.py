@@ -237,7 +237,7 @@ def save():
             for parameter in prior.parameters():
                 parameter.fill_(step)
         args = SimpleNamespace(output_dir=output_dir, checkpoints_total_limit=limit)
-        state = {"global_step": step, "validated_step": -1, "plan": {}, "settings": {}, "wandb_run_id": ""}
+        state = {"global_step": step, "validated_step": -1, "plan": {}, "wandb_run_id": ""}
         return script.save_checkpoint(accelerator, args, state, prior, ema, optimizer)
 
     return save
@@ -283,7 +283,7 @@ def test_a_kill_at_any_file_operation_of_saving_leaves_complete_checkpoints(save
     assert operation > 15 and newest == {2, 3}
 
 
-def test_every_file_and_folder_is_flushed_before_the_checkpoint_has_its_name(save, tmp_path, monkeypatch):
+def test_every_file_is_flushed_before_the_checkpoint_has_its_name(save, tmp_path, monkeypatch):
     rename, flushed, renamed = Path.rename, set(), []
 
     def note_fsync(descriptor):
@@ -291,7 +291,7 @@ def test_every_file_and_folder_is_flushed_before_the_checkpoint_has_its_name(sav
 
     def note_rename(path, target):
         if path.exists():
-            written = {str(path), *map(str, path.rglob("*"))}
+            written = {str(file) for file in path.rglob("*") if file.is_file()}
             renamed.append(len(written))
             assert written <= flushed
         return rename(path, target)
@@ -299,8 +299,7 @@ def test_every_file_and_folder_is_flushed_before_the_checkpoint_has_its_name(sav
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
     assert save(tmp_path, 1)
-    assert renamed == [9], "two models of two files and their folders, the optimizer, the state, and all"
-    assert str(tmp_path) in flushed, "and then its name"
+    assert renamed == [6], "two models of two files, the optimizer and the state"
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "prior/diffusion_pytorch_model.safetensors", "state"])
@@ -358,14 +357,6 @@ def test_a_full_disk_costs_only_the_checkpoint(save, tmp_path, call):
     assert steps_in(tmp_path) == [1]
     assert save(tmp_path, 3, limit=1), "there is space again"
     assert steps_in(tmp_path) == [3]
-
-
-def test_weights_that_overflow_are_not_saved(train):
-    """In step 3, whose learning rate is larger than the largest float32."""
-    flags = SHORT | {"max_train_steps": 3, "checkpointing_steps": 1}
-    run = train(**flags, lr_scheduler="piecewise_constant", lr_step_rules="1:2,1e43")
-    assert "stopped after step 3: weights are not finite" in run.error()
-    assert run.checkpoints() == [1, 2] and not (run.folder / "prior_pipeline").exists()
 
 
 LOST = {"loss.png": (Figure, "savefig"), "samples/": (Image.Image, "save"), "loss.jsonl": (script, "open")}
@@ -443,16 +434,14 @@ def test_a_run_stopped_at_any_moment_resumes_exactly(train, tmp_path, name, call
 # ------------------------------------------------------------------------------ what may change on resuming
 
 
-def test_other_settings_apply_on_resuming_and_are_reported(train, run_copy):
+def test_other_settings_apply_on_resuming(train, run_copy):
     schedule = {"learning_rate": 5e-4, "lr_scheduler": "linear", "lr_warmup_steps": 0, "max_train_steps": 5}
-    others = {"caption_dropout": 0.5, "loss_weighting": "p2", "resolution": 96}
+    others = {"caption_dropout": 0.5, "resolution": 96, "use_ema": True, "checkpointing_steps": 1}
     run = train(**SHORT | schedule | others, output_dir=run_copy, resume_from_checkpoint="latest").ok()
     rates = [run.losses("lr")[step] for step in (3, 4, 5)]
     assert rates == pytest.approx([5e-4 * 2 / 5, 5e-4 / 5, 0])
-    reported = {line.partition("--")[2] for line in run.output.splitlines() if "Changed since" in line}
-    assert reported >= {"caption_dropout=0.5 (was 0.0)", "loss_weighting=p2 (was none)"}
-    assert reported >= {"resolution=96 (was 64)", "max_train_steps=5 (was 2)"}
-    assert not [text for text in reported if "batch_size" in text or "output_dir" in text]
+    assert same_weights(run.prior(3), run.prior(3, "prior_ema")), "a new average, as after the first step"
+    assert not same_weights(run.prior(5), run.prior(5, "prior_ema"))
 
 
 CHANGED = {  # flags that change, and the reason
@@ -460,7 +449,6 @@ CHANGED = {  # flags that change, and the reason
     "the order": ({}, "rows_hash="),
     "one caption": ({}, "rows_hash="),
     "the optimizer": ({"optimizer": "adamw8bit"}, "optimizer=adamw, not adamw8bit"),
-    "the average": ({"use_ema": True}, "has no prior_ema/"),
 }
 
 

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -84,13 +83,12 @@ def test_wandb_has_what_loss_jsonl_and_samples_hold(uninterrupted):
         settings |= {item.key: json.loads(item.value_json) for item in record.config.update}
     for column in (*TRAIN_METRICS, *VAL_METRICS):
         assert logged[column] == pytest.approx(uninterrupted.losses(column), rel=1e-6), column
-    assert logged["validation/captions"] == dict.fromkeys(VALIDATED, PROMPTS)
     folders = list(uninterrupted.cwd.glob("wandb/offline-run-*/files"))
     files = {str(path.relative_to(folder)): path for folder in folders for path in folder.rglob("*.png")}
     shown = {
         (step, index): np.asarray(Image.open(files[name]))
-        for step, names in logged["validation/filenames"].items()
-        for index, name in enumerate(names)
+        for index in range(3)
+        for step, name in logged[f"validation/{index}/path"].items()
     }
     assert equal_images(shown, uninterrupted.samples())
     assert (settings["learning_rate"], settings["seed"]) == (3e-4, 0)
@@ -156,16 +154,11 @@ def test_a_run_says_what_it_left_and_what_comes_next(uninterrupted):
 # --------------------------------------------------------------------------- samples/ and the contact sheet
 
 
-def test_samples_contain_their_prompt_and_the_settings(uninterrupted):
+def test_samples_contain_their_prompt(uninterrupted):
     files = list((uninterrupted.folder / "samples").glob("step-*"))
     assert len(files) == 15
     for path in files:
-        text = Image.open(path).text
-        assert text["prompt"] == PROMPTS[int(path.stem[-1])]
-        settings = shlex.split(text["settings"])
-        for name, value in {"learning_rate": "0.0003", "resolution": "64", "loss_weighting": "p2"}.items():
-            assert settings[settings.index(f"--{name}") + 1] == value
-        assert "--use_ema" in settings
+        assert Image.open(path).text["prompt"] == PROMPTS[int(path.stem[-1])]
 
 
 @pytest.fixture
@@ -281,12 +274,12 @@ def test_each_cell_of_the_contact_sheet_is_the_scaled_sample_or_empty(sheet_args
 
 @pytest.mark.parametrize(
     ("count", "num_prompts", "num_shown"),
-    [(1, 1, 1), (2, 1, 2), (12, 1, 12), (13, 1, 12), (24, 1, 12), (150, 1, 12), (9, 43, 5), (3, 150, 2)],
+    [(1, 1, 1), (2, 1, 2), (12, 1, 12), (13, 1, 12), (24, 1, 12), (150, 1, 12), (9, 3, 9)],
 )
 def test_the_contact_sheet_shows_the_first_the_last_and_evenly_spaced_steps(
     sheet_args, count, num_prompts, num_shown
 ):
-    """Of many prompts fewer steps. Each step's image is of one color, which says which one it is."""
+    """Each step's image is of one color, which says which one it is."""
     args = sheet_args([f"prompt {index}" for index in range(num_prompts)])
     for step, index in itertools.product(range(count), range(num_prompts)):
         image = Image.new("RGB", (16, 16), (step, 255, 0))

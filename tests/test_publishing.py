@@ -181,7 +181,6 @@ EXPECTED_FILES = {
 def small_hub(folder, models, full_encoder, images):
     """A Hub with what the guide's command loads: tiny models and a data set of eight images."""
     shutil.copytree(models / "prior", folder / "prior")
-    (folder / "prior" / "README.md").write_text("---\nlicense: mit\n---\n# A prior\n")
     (folder / "encoder").mkdir()
     encoder = EfficientNetEncoder.from_pretrained(full_encoder)
     save_published_encoder(encoder, folder / "encoder" / "model_v2_stage_b.pt")
@@ -252,13 +251,9 @@ def test_exactly_what_a_user_needs_is_uploaded_when_all_is_on_disk(pushed):
     assert len(pushed.repo.commits) == 2, "an empty one, and one with all files"
     assert pushed.repo.private == bool(images), "only on request"
     assert [name for name, content in pushed.files.items() if str(pushed.outer).encode() in content] == []
-    inodes = {}  # no weights are on disk twice: those of two folders are one file with two names
     for folder in ("prior_prior", "prior_pipeline/prior"):
         name = f"{folder}/diffusion_pytorch_model.safetensors"
         assert same_weights(load(pushed.files[name]), pushed.trained)
-    for name in (name for name in pushed.files if name.endswith(".safetensors")):
-        inodes.setdefault(pushed.files[name], set()).add((pushed.folder / name).stat().st_ino)
-    assert len(inodes) == 5 and all(len(of_content) == 1 for of_content in inodes.values())
 
 
 def test_there_were_more_files_that_could_have_been_uploaded(guide):
@@ -291,7 +286,6 @@ def test_the_upload_has_a_progress_bar_and_the_log_lists_no_requests(guide):
     after_training = guide.output[guide.output.rindex("Steps: 100%") :]
     assert re.search(r"(Upload \d+ LFS files|New Data Upload *): 100%\|", after_training)
     assert guide.hub.url not in guide.output
-    assert re.search(r"WARNING.*fp16.*float32", guide.output)
 
 
 def test_the_token_is_sent_to_the_hub_and_written_nowhere(pushed):
@@ -339,12 +333,11 @@ def test_the_cards_code_generates_an_image_from_the_hub(pushed, tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "image.png")), np.asarray(expected))
 
 
-def test_the_card_says_what_was_trained_on_what_for_how_long_and_how(guide):
+def test_the_card_says_what_was_trained_on_what_and_how(guide):
     card = guide.files["README.md"].decode()
     assert {name: value for name, value in ModelCard(card).data.to_dict().items() if value} == {
         "base_model": BASE,
         "datasets": [DATA],
-        "license": "mit",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["wuerstchen", "text-to-image", "diffusers", "diffusers-training"],
@@ -352,7 +345,7 @@ def test_the_card_says_what_was_trained_on_what_for_how_long_and_how(guide):
     text = " ".join(card.split())
     assert f"**{BASE}**, fine-tuned on **{DATA}**." in text
     length = "For 6 steps of 16 samples, 12.0 epochs of 8 rows"
-    assert re.search(rf"{length}, in \d+:\d\d:\d\d hours on 1 x cpu: ```bash", text)
+    assert f"{length}, on 1 x cpu: ```bash" in text
     (command,) = re.findall(r"```bash\n(.*)\n```", card)
     pasted = vars(script.parse_args(shlex.split(command)[3:]))
     seed = json.loads((guide.folder / "checkpoint-6" / "trainer_state.json").read_text())["plan"]["seed"]
@@ -366,8 +359,7 @@ def test_the_card_says_what_was_trained_on_what_for_how_long_and_how(guide):
 def test_the_card_of_a_local_run_names_nothing_that_is_not_on_the_hub(minimal):
     card = minimal.files["README.md"].decode()
     metadata = {name: value for name, value in ModelCard(card).data.to_dict().items() if value}
-    assert metadata["license"] == "mit", "that of the base model, whose folder has a card"
-    assert metadata.keys() == {"license", "library_name", "pipeline_tag", "tags"}
+    assert metadata.keys() == {"library_name", "pipeline_tag", "tags"}
     assert "fine-tuned on **local images**" in card
     assert re.findall(r"!\[.*?\]\((.*?)\)", card) == ["loss.png"]
 

@@ -432,7 +432,7 @@ def list_captions(row: dict, args: argparse.Namespace) -> list[str]:
     return captions
 
 
-def choose_caption(captions: list, caption_dropout: float, empty):
+def choose_caption(captions: Sequence, caption_dropout: float, empty):
     """One of a row's captions, at random, or with the probability `caption_dropout` the empty one.
 
     With --cache_latents these are embeddings: change the captions' text in `list_captions`.
@@ -530,17 +530,14 @@ def save_prior(prior: wuerstchen.WuerstchenPrior, folder: Path):
 def load_ema(
     args: argparse.Namespace, prior: wuerstchen.WuerstchenPrior, checkpoint: Path | None
 ) -> EMAModel | None:
-    """The average of the prior's weights (decay 0.9999, ramp-up) on every rank, the checkpoint's or, if there
-    is none, new, in the device's memory or, with --offload_ema, in main memory."""
+    """The average of the prior's weights (decay 0.9999, ramp-up) on every rank: the checkpoint's or, if there
+    is none, a new one. It is in main memory until `update_ema` moves it."""
     if not args.use_ema:
         return None
     model = {"model_cls": type(prior), "foreach": True}
     if checkpoint and (checkpoint / "prior_ema").is_dir():
-        ema_prior = EMAModel.from_pretrained(checkpoint / "prior_ema", **model)
-    else:
-        ema_prior = EMAModel(prior.parameters(), model_config=prior.config, **model)
-    ema_prior.to("cpu" if args.offload_ema else prior.device)
-    return ema_prior
+        return EMAModel.from_pretrained(checkpoint / "prior_ema", **model)
+    return EMAModel(prior.parameters(), model_config=prior.config, **model)
 
 
 def update_ema(ema_prior: EMAModel | None, prior: wuerstchen.WuerstchenPrior, args: argparse.Namespace):
@@ -892,11 +889,11 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 
     # The models. The encoders are frozen, in half precision under mixed precision; the prior is float32.
     encoders = load_encoders(args, accelerator)
-    prior = unwrapped_prior = load_prior(args, checkpoint, *encoders).to(device)
+    prior = unwrapped_prior = load_prior(args, checkpoint, *encoders)
     ema_prior = load_ema(args, prior, checkpoint)
-    noise_scheduler = DDPMWuerstchenScheduler()
-    noise_scheduler.s = noise_scheduler.s.to(device)  # avoids a host sync per call
-    noise_scheduler._init_alpha_cumprod = noise_scheduler._init_alpha_cumprod.to(device)
+    prior.to(device)
+    with torch.device(device):  # a constant on the CPU would cost a host sync per call
+        noise_scheduler = DDPMWuerstchenScheduler()
     decoder = load_decoder(args, encoders[0].dtype)  # also without prompts, since `save_pipeline` needs it
     decoder = decoder if args.validation_prompts else None
     prompt_embeds = {p: embed_captions(tokenize_captions([p], tokenizer), encoders[0]) for p in prompts}
@@ -905,8 +902,10 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     preprocess = functools.partial(preprocess_train, args=args, tokenizer=tokenizer)
     if args.cache_latents:
         folder = cache_latents(load, dataset, sizes, rows_hash, args, accelerator, tokenizer, *encoders)
-        cached = {"dataset": dataset, "folder": folder, "empty_embeds": prompt_embeds[""][0].cpu()}
-        preprocess = functools.partial(preprocess_cached, args=args, **cached)
+        empty_embeds = prompt_embeds[""][0].cpu()
+        preprocess = functools.partial(
+            preprocess_cached, args=args, dataset=dataset, folder=folder, empty_embeds=empty_embeds
+        )
         dataset, encoders = range(len(dataset)), [None, None]  # the encoders' memory is freed
 
     # The optimizer and the schedule. The prior's weights are the checkpoint's already.
@@ -1020,7 +1019,6 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 
 # ---------------------------------------------------------------------------------------------------- folders
 # Finds the captioned images or the data files in a folder, and reports captions that are cut.
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Includes formats that are not opened, so that a captioned image never disappears silently.
 IMAGE_SUFFIXES = (*Image.registered_extensions(), ".avif", ".heic", ".heif", ".jxl")
 # Suffixes and `datasets` builders of data files. The first suffix found is read: img2dataset writes a Parquet
@@ -1132,7 +1130,7 @@ def read_metadata(file: str, caption_column: str) -> Iterator[tuple[str, object]
     Raises:
         ValueError: with the file and the line, if a row cannot be read.
     """
-    if os.path.basename(file) not in METADATA_FILES:
+    if os.path.basename(file) not in ("metadata.csv", "metadata.jsonl", "metadata.parquet"):
         return
     line, columns = 1, {}
     try:
@@ -1405,7 +1403,6 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
     encoders' dtype and weights, tokens and pixels of 8 rows as preprocessed now, and the source of
     `embed_captions`, `embed_images` and `normalize_pixels`."""
     sources = [inspect.getsource(function) for function in (embed_captions, embed_images, normalize_pixels)]
-    models = [repr(encoder) for encoder in encoders]  # activations and strides
     tensors = [tensor for encoder in encoders for tensor in encoder.state_dict().values()]
     for row in np.linspace(0, len(dataset) - 1, 8).astype(int).tolist():
         with contextlib.suppress(ValueError):  # a bad row
@@ -1413,7 +1410,8 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
             tokens = tokenize_captions(sample["captions"], tokenizer)
             tensors += [sample["effnet_pixel_values"], *tokens.values()]
     hashes = [Hasher.hash(tensor) for tensor in tensors]
-    return Hasher.hash(repr([rows_hash, dataset._fingerprint, sizes.tolist(), sources, models, hashes]))
+    # The text of a model names its activations and strides.
+    return Hasher.hash(repr([rows_hash, dataset._fingerprint, sizes.tolist(), sources, encoders, hashes]))
 
 
 def cache_file(folder: Path, row: int) -> Path:
@@ -1482,7 +1480,7 @@ def preprocess_cached(
         load_image(dataset[row][args.image_column])  # raises the reason if the image is unreadable
         raise ValueError(f"{file} cannot be read ({error}): delete it") from None
     caption_dropout = args.caption_dropout if train else 0.0
-    embeds = choose_caption(list(cached["prompt_embeds"]), caption_dropout, empty_embeds)
+    embeds = choose_caption(cached["prompt_embeds"], caption_dropout, empty_embeds)
     return {"latents": cached["latents"], "prompt_embeds": embeds}
 
 
@@ -1521,7 +1519,7 @@ def read_state(checkpoint: Path) -> dict | None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    found = [path for path in Path(output_dir).resolve().glob("checkpoint-*") if read_state(path)]
+    found = [path for path in output_dir.resolve().glob("checkpoint-*") if read_state(path)]
     return sorted(found, key=lambda path: read_state(path)["global_step"])
 
 
@@ -1654,7 +1652,6 @@ def delete(path: Path):
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 # Programming errors keep their traceback. Libraries raise other types for a wrong setting.
 BUGS = (AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
-COLLECTIVE_TIMEOUT = timedelta(hours=3)  # for a rank that downloads, encodes, saves or uploads
 
 
 def setup_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -1683,12 +1680,13 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
         # A plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment would override a number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
         mixed_precision=args.mixed_precision,
-        log_with=[name for name in args.report_to.split(",") if name != "none"] or None,
+        log_with=None if args.report_to == "none" else args.report_to.split(","),
         project_config=ProjectConfiguration(args.output_dir, args.output_dir / args.logging_dir),
         kwargs_handlers=[
             # Each weight is used once per pass: autocast's cache would only hold 2 GB of 16-bit copies.
             AutocastKwargs(cache_enabled=False),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            # For a rank that downloads, encodes, saves or uploads.
+            InitProcessGroupKwargs(timeout=timedelta(hours=3)),
             # Gradients stay in the buckets in which they are reduced: 4 GB less without accumulation.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
@@ -1700,7 +1698,6 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it lists requests, with signed URLs
     diffusers.utils.logging.set_verbosity_error()  # it warns that the Würstchen pipelines are deprecated
-    diffusers.utils.logging.disable_progress_bar()
     # DDP warns about strides of size-1 dimensions: harmless.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -1791,7 +1788,8 @@ def explain_errors(args: argparse.Namespace, flag: str) -> Iterator[None]:
         reason = str(error).strip() if type(error) is ValueError else f"{type(error).__name__}: {error}"
         if re.search("LocalEntryNotFoundError|not cached locally", trace):
             reason = "it is not a local folder, not in the cache, and the Hub cannot be reached"
-        for file in [Path(str(value)), *Path(str(value)).rglob("*")]:
+        path = Path(str(value))
+        for file in [path, *path.rglob("*")]:
             with contextlib.suppress(OSError):  # folders, and files that cannot be read
                 if file.stat().st_size < 1000 and file.read_bytes().startswith(LFS_POINTER):
                     reason = f"{file} is a Git LFS pointer: run `git lfs pull`"
@@ -1958,8 +1956,8 @@ def check_destinations(args: argparse.Namespace) -> str:
         with explain_errors(args, "hub_model_id"):
             if not (token or hub.get_token()):
                 raise ValueError("there is no token: log in with `hf auth login`")
-            private = args.hub_private_repo or None
-            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
+            settings = {"private": args.hub_private_repo or None, "exist_ok": True, "token": token}
+            repo_id = hub.create_repo(repo_id, **settings).repo_id
             # Raises an error for a read-only token. Uploads nothing.
             hub.preupload_lfs_files(repo_id, [hub.CommitOperationAdd("README.md", b"-")], token=token)
     return repo_id
@@ -2030,8 +2028,10 @@ def save_model_card(
 ):
     """Writes README.md, the model card: models, data, settings, images, and code to use it."""
     prompts = args.validation_prompts or []
-    sources = (args.pretrained_prior_model_name_or_path, args.dataset_name)
-    base_model, dataset = (name if name and not os.path.exists(name) else None for name in sources)
+    base_model, dataset = (
+        name if name and not os.path.exists(name) else None
+        for name in (args.pretrained_prior_model_name_or_path, args.dataset_name)
+    )
 
     found = [find_sample(args, global_step, *image[:2]) for image in validation_images(args)[: len(prompts)]]
     images = [Image.open(file) for file in found if file]
@@ -2039,7 +2039,6 @@ def save_model_card(
         make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "grid.png")
     source = args.hub_model_id if args.push_to_hub else str(args.output_dir.resolve())
 
-    epochs = global_step * plan["samples_per_step"] / plan["num_rows"]
     card = f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -2073,7 +2072,8 @@ image.save("image.png")
 The weights are float32. The prior alone, with its text encoder, is the pipeline in `prior_pipeline/`.
 
 ## How it was trained
-For {global_step} steps of {plan["samples_per_step"]} samples, {epochs:.1f} epochs of {plan["num_rows"]} rows,
+For {global_step} steps of {plan["samples_per_step"]} samples,
+{global_step * plan["samples_per_step"] / plan["num_rows"]:.1f} epochs of {plan["num_rows"]} rows,
 on {accelerator.num_processes} x {accelerator.device.type}:
 ```bash
 {training_command(args)}

@@ -135,7 +135,6 @@ LATENT_MEAN, LATENT_STD = 42.0, 1.0
 RESOLUTION_MULTIPLE = 42.67  # generated pixels per latent: WuerstchenPriorPipeline's `resolution_multiple`
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the image encoder's training
 GUIDANCE_SCALE = 4.0  # of validation images: the guide's `prior_guidance_scale`
-NUM_LOSS_BANDS = 4  # equal parts of the timesteps, [0, 1), for which the held-out loss is reported
 # Formats that are opened, whatever a file's name says. (Others run programs: EPS starts Ghostscript.)
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"]
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # an editor's history can be longer than 1 MB
@@ -478,8 +477,8 @@ def load_model(
 ):
     """Loads the part in `subfolder` of the model that a flag names, or of a checkpoint."""
     with explain_errors(args, flag):
-        location = {"subfolder": subfolder, "cache_dir": args.cache_dir}
-        return model_class.from_pretrained(checkpoint or getattr(args, flag), **location, **settings)
+        source = checkpoint or getattr(args, flag)
+        return model_class.from_pretrained(source, subfolder=subfolder, cache_dir=args.cache_dir, **settings)
 
 
 def load_encoders(
@@ -703,8 +702,10 @@ def check_finite(accelerator: Accelerator, loss: float, grad_norm: float, step: 
     else:
         diverged = accelerator.scaler.get_scale() < MIN_LOSS_SCALE
     if diverged:
-        message = f"stopped before step {step}: loss {loss}, gradient norm {grad_norm}, rows {rows}"
-        raise SystemExit(f"{message}; the last checkpoint in {accelerator.project_dir} is good")
+        raise SystemExit(
+            f"stopped before step {step}: loss {loss}, gradient norm {grad_norm}, rows {rows}; "
+            f"the last checkpoint in {accelerator.project_dir} is good"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -828,8 +829,8 @@ def compute_held_out_loss(
     batches,
     num_rows: int,
 ) -> dict[str, float]:
-    """The mean loss of the held-out rows, in total and for each band of timesteps. A row's noise and timestep
-    depend on its number only; the timesteps are evenly spaced in [0, 1)."""
+    """The mean loss of the held-out rows, in total and for each quarter of the timesteps. A row's noise and
+    timestep depend on its number only; the timesteps are evenly spaced in [0, 1)."""
     device, samples = accelerator.device, []
     for batch in tqdm(batches, "Held-out loss", leave=False):
         latents, prompt_embeds = encode_batch(batch, *encoders)
@@ -841,8 +842,7 @@ def compute_held_out_loss(
         samples += zip(timesteps.tolist(), losses.tolist(), strict=True)
     metrics = defaultdict(list)
     for timestep, loss in sorted(gather_object(samples)):  # in the same order for any number of ranks
-        band = math.floor(timestep * NUM_LOSS_BANDS) / NUM_LOSS_BANDS
-        for name in ("val_loss", f"val_loss_t{band}"):
+        for name in ("val_loss", f"val_loss_t{math.floor(timestep * 4) / 4}"):
             metrics[name].append(loss)
     return {name: sum(losses) / len(losses) for name, losses in metrics.items()}
 
@@ -1478,7 +1478,8 @@ def preprocess_cached(
         cached = safetensors.torch.load(file.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
         load_image(dataset[row][args.image_column])  # raises the reason if the image is unreadable
-        raise ValueError(f"{file} cannot be read ({error}): delete it") from None
+        file.unlink(missing_ok=True)
+        raise ValueError(f"{file} was damaged ({error}) and is deleted: start again") from None
     caption_dropout = args.caption_dropout if train else 0.0
     embeds = choose_caption(cached["prompt_embeds"], caption_dropout, empty_embeds)
     return {"latents": cached["latents"], "prompt_embeds": embeds}
@@ -1593,9 +1594,12 @@ def save_checkpoint(
     Then checkpoints over the limit are deleted. Rank 0 writes; all ranks wait.
 
     If that fails, say on a full disk, the older checkpoints remain, the run continues, and the result is
-    False.
+    False. Weights that are not finite end the run.
     """
-
+    if not math.isfinite(sum(parameter.detach().norm() for parameter in prior.parameters())):
+        raise SystemExit(
+            f"stopped after step {state['global_step']}: weights that are not finite are not saved"
+        )
     checkpoint = args.output_dir / f"checkpoint-{state['global_step']}"
     partial = args.output_dir / ".checkpoint.partial"
     saved = False
@@ -1904,7 +1908,7 @@ def log_images_to_tracker(tracker, images: list[tuple[str, Image.Image]], global
     tracker.log(values, step=global_step)
 
 
-def save_contact_sheet(args: argparse.Namespace, side: int = 184):
+def save_contact_sheet(args: argparse.Namespace):
     """Writes samples/contact-sheet.png: a row for each prompt and size, a column for each step, at most 12
     with the first and the last."""
     rows, samples = validation_images(args), args.output_dir / "samples"
@@ -1914,8 +1918,8 @@ def save_contact_sheet(args: argparse.Namespace, side: int = 184):
     cells = []
     for (prompt, name, _), step in itertools.product(rows, steps):
         file = find_sample(args, step, prompt, name)
-        image = Image.open(file) if file else Image.new("RGB", (side, side), "white")
-        cell = ImageOps.expand(ImageOps.pad(image, (side, side), color="white"), (4, 72, 4, 4), "white")
+        image = Image.open(file) if file else Image.new("RGB", (1, 1), "white")
+        cell = ImageOps.expand(ImageOps.pad(image, (184, 184), color="white"), (4, 72, 4, 4), "white")
         label = textwrap.fill(prompt, 24, max_lines=3, placeholder=" ...")
         ImageDraw.Draw(cell).text((4, 4), f"step {step}\n{label}", "black", font)
         cells.append(cell)
@@ -1945,8 +1949,15 @@ def save_loss_curve(output_dir: Path):
 # ------------------------------------------------------------------------------------------------- publishing
 # Saves the result, describes it in a model card, and uploads it.
 # Flags that are secret, or whose values only have a meaning on this machine or for this repo.
-PRIVATE_FLAGS = {"hub_token", "hub_model_id", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"}
-PRIVATE_FLAGS |= {"dataloader_num_workers", "local_rank"}
+PRIVATE_FLAGS = {
+    "hub_token",
+    "hub_model_id",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "output_dir",
+    "dataloader_num_workers",
+    "local_rank",
+}
 
 
 def check_destinations(args: argparse.Namespace) -> str:
@@ -1956,8 +1967,8 @@ def check_destinations(args: argparse.Namespace) -> str:
         with explain_errors(args, "hub_model_id"):
             if not (token or hub.get_token()):
                 raise ValueError("there is no token: log in with `hf auth login`")
-            settings = {"private": args.hub_private_repo or None, "exist_ok": True, "token": token}
-            repo_id = hub.create_repo(repo_id, **settings).repo_id
+            repo = hub.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True, token=token)
+            repo_id = repo.repo_id
             # Raises an error for a read-only token. Uploads nothing.
             hub.preupload_lfs_files(repo_id, [hub.CommitOperationAdd("README.md", b"-")], token=token)
     return repo_id
@@ -2088,9 +2099,14 @@ def push_to_hub(args: argparse.Namespace, global_step: int):
     names = ["README.md", "model_index.json", "grid.png", "loss.png", f"samples/step-{global_step:07d}-*"]
     components = json.loads((args.output_dir / "model_index.json").read_text())
     names += [f"{folder}/*" for folder in ("prior_pipeline", *components)]
-    settings = {"token": args.hub_token, "commit_message": "End of training", "allow_patterns": names}
     with explain_errors(args, "push_to_hub"):
-        hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **settings)
+        hub.upload_folder(
+            repo_id=args.hub_model_id,
+            folder_path=args.output_dir,
+            allow_patterns=names,
+            commit_message="End of training",
+            token=args.hub_token,
+        )
 
 
 @only_warn("The summary")

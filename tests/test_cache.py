@@ -380,13 +380,15 @@ def test_an_interrupted_pass_continues_at_the_missing_rows(
 
 
 @pytest.mark.parametrize("size", [0, 300])
-def test_a_truncated_file_is_named(train, in_one_go, tmp_path, size):
+def test_a_truncated_file_is_made_anew_by_the_next_run(train, new_run, in_one_go, images, tmp_path, size):
     """As after a power failure."""
-    shutil.copytree(in_one_go.cache, tmp_path / "cache")
-    file = cache_files(tmp_path / "cache")[17]
+    flags = ALL | {"cache_dir": shutil.copytree(in_one_go.cache, tmp_path / "cache")}
+    file = cache_files(flags["cache_dir"])[17]
     os.truncate(file, size)
-    error = train(**ALL, cache_dir=tmp_path / "cache").error()
-    assert re.search(rf"^row 17: {file} cannot be read \(.*\): delete it", error)
+    assert re.search(rf"^row 17: {file} was damaged \(.*\) and is deleted", train(**flags).error())
+    run = new_run(**flags)
+    assert run.images == image_checksums(images)[17:18]
+    assert same_weights(run.prior(), in_one_go.prior())
 
 
 @pytest.mark.slow

@@ -359,6 +359,14 @@ def test_a_full_disk_costs_only_the_checkpoint(save, tmp_path, call):
     assert steps_in(tmp_path) == [3]
 
 
+def test_weights_that_overflow_are_not_saved(train):
+    """In step 3, whose learning rate is larger than the largest float32."""
+    flags = SHORT | {"max_train_steps": 3, "checkpointing_steps": 1}
+    run = train(**flags, lr_scheduler="piecewise_constant", lr_step_rules="1:2,1e43")
+    assert "stopped after step 3: weights that are not finite" in run.error()
+    assert run.checkpoints() == [1, 2] and not (run.folder / "prior_pipeline").exists()
+
+
 LOST = {"loss.png": (Figure, "savefig"), "samples/": (Image.Image, "save"), "loss.jsonl": (script, "open")}
 
 

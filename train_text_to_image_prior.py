@@ -727,8 +727,9 @@ def load_decoder(args: argparse.Namespace, dtype: torch.dtype) -> wuerstchen.Wue
         source = getattr(args, flag)
         if any(Path(source).rglob("*.py")):  # diffusers asks for trust in code on the Hub only
             raise ValueError("the folder contains code, which loading would run: delete it")
-        pipeline_class = wuerstchen.WuerstchenDecoderPipeline
-        return pipeline_class.from_pretrained(source, cache_dir=args.cache_dir, torch_dtype=dtype)
+        return wuerstchen.WuerstchenDecoderPipeline.from_pretrained(
+            source, cache_dir=args.cache_dir, torch_dtype=dtype
+        )
 
 
 def decoder_image_size(decoder: wuerstchen.WuerstchenDecoderPipeline, resolution: float) -> int:
@@ -772,8 +773,10 @@ def log_validation(
         if args.validation_prompts:
             images = generate_images(accelerator, args, prior, decoder, noise_scheduler, prompt_embeds)
         if num_held_out:
-            inputs = (prior, noise_scheduler, encoders, load_held_out(), num_held_out)
-            losses = compute_held_out_loss(accelerator, args, *inputs)
+            batches = load_held_out()
+            losses = compute_held_out_loss(
+                accelerator, args, prior, noise_scheduler, encoders, batches, num_held_out
+            )
     prior.train()
     log_metrics(accelerator, losses, global_step)
     if accelerator.is_main_process:
@@ -812,8 +815,8 @@ def generate_images(
     with only_warn("Generating validation images"):  # no collectives in this block
         decoder.to(accelerator.device)
         with accelerator.split_between_processes(wanted) as own_share, accelerator.autocast():
-            progress = tqdm(own_share, "Images", leave=False)
-            images = [generate_image(prompt, resolutions) for prompt, _, resolutions in progress]
+            for prompt, _, resolutions in tqdm(own_share, "Images", leave=False):
+                images.append(generate_image(prompt, resolutions))
     decoder.to("cpu")
     torch.cuda.empty_cache()
     images = gather_object(images)[: len(wanted)]
@@ -895,17 +898,16 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
     with torch.device(device):  # a constant on the CPU would cost a host sync per call
         noise_scheduler = DDPMWuerstchenScheduler()
     decoder = load_decoder(args, encoders[0].dtype)  # also without prompts, since `save_pipeline` needs it
-    decoder = decoder if args.validation_prompts else None
+    if not args.validation_prompts:
+        decoder = None
     prompt_embeds = {p: embed_captions(tokenize_captions([p], tokenizer), encoders[0]) for p in prompts}
     stop, saved, signals = False, True, []  # signals to stop, from `deferred_signals`
     load = functools.partial(load_batches, args, device, signals)
     preprocess = functools.partial(preprocess_train, args=args, tokenizer=tokenizer)
     if args.cache_latents:
         folder = cache_latents(load, dataset, sizes, rows_hash, args, accelerator, tokenizer, *encoders)
-        empty_embeds = prompt_embeds[""][0].cpu()
-        preprocess = functools.partial(
-            preprocess_cached, args=args, dataset=dataset, folder=folder, empty_embeds=empty_embeds
-        )
+        cached = {"dataset": dataset, "folder": folder, "empty_embeds": prompt_embeds[""][0].cpu()}
+        preprocess = functools.partial(preprocess_cached, args=args, **cached)
         dataset, encoders = range(len(dataset)), [None, None]  # the encoders' memory is freed
 
     # The optimizer and the schedule. The prior's weights are the checkpoint's already.
@@ -921,11 +923,11 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 
     # The batches: this rank's share of the samples from `first_step` on, and of the held-out rows.
     load = functools.partial(load, dataset, sizes, preprocess)
-    batches = order_batches(train_rows, sizes, args, accelerator, first_step)
-    train_batches = load(train_rows, batches, train=True)
+    samples = order_batches(train_rows, sizes, args, accelerator, first_step)
+    train_batches = load(train_rows, samples, train=True)
     held_out = group_by_size(held_out_rows.tolist(), sizes, args.train_batch_size)
-    held_out = held_out[accelerator.process_index :: accelerator.num_processes]
-    load_held_out = functools.partial(load, held_out_rows, held_out, train=False)
+    own_share = held_out[accelerator.process_index :: accelerator.num_processes]
+    load_held_out = functools.partial(load, held_out_rows, own_share, train=False)
     models = (unwrapped_prior, ema_prior, decoder, noise_scheduler, encoders, prompt_embeds)
     validate = functools.partial(log_validation, accelerator, args, models, load_held_out, len(held_out_rows))
     if is_main_process:
@@ -943,8 +945,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         while True:
             # ---- Once in a while: validate (all ranks), save a checkpoint (rank 0 writes, all wait), stop
             is_done = global_step >= args.max_train_steps
-            is_due = not is_done and is_validation_due(global_step, args, samples_per_step, num_rows)
-            if is_due and not stop and state["validated_step"] != global_step:
+            is_validated = is_done or stop or state["validated_step"] == global_step
+            if not is_validated and is_validation_due(global_step, args, samples_per_step, num_rows):
                 validate(global_step)
                 state["validated_step"] = global_step
             if global_step > first_step and (stop or is_done or global_step % args.checkpointing_steps == 0):
@@ -1417,7 +1419,7 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
 def cache_file(folder: Path, row: int) -> Path:
     """The file of a row's `latents`, (16, height / 32, width / 32), and `prompt_embeds`, (num_captions, 77,
     width), as the encoders return them."""
-    return folder / str(row // 1000) / f"{row}.safetensors"
+    return folder / f"{row}.safetensors"
 
 
 def preprocess_row(row: dict, size: tuple[int, int], train: bool, args: argparse.Namespace) -> dict:
@@ -1441,24 +1443,31 @@ def cache_latents(
     With --skip_bad_rows an unreadable image gets none, so that the next run tries it again."""
     folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_latents")
     folder /= cache_key(dataset, sizes, rows_hash, args, tokenizer, text_encoder, image_encoder)
-    own_rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    missing = [row for row in own_rows if not cache_file(folder, row).exists()]
-    groups, rows = group_by_size(missing, sizes, CACHE_BATCH_SIZE), np.arange(len(dataset))
-    batches = load(dataset, sizes, functools.partial(preprocess_row, args=args), rows, groups, train=False)
+    load = functools.partial(load, dataset, sizes, functools.partial(preprocess_row, args=args))
+    shares = [
+        (accelerator.process_index, accelerator.num_processes),
+        (accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+    ]
     with explain_errors(args, "cache_dir"):
-        for batch in tqdm(batches, f"Encoding {len(missing)} rows", len(groups)):
-            latents = embed_images(batch["effnet_pixel_values"], image_encoder).cpu()
-            texts = [caption for captions in batch["captions"] for caption in captions]
-            embeds = embed_captions(tokenize_captions(texts, tokenizer), text_encoder).cpu()
-            embeds = embeds.split([len(captions) for captions in batch["captions"]])
-            for row, row_latents, row_embeds in zip(batch["row"], latents, embeds, strict=True):
-                tensors = {"latents": row_latents, "prompt_embeds": row_embeds}
-                file = cache_file(folder, row)
-                partial = file.with_suffix(f".{secrets.token_hex(4)}")  # another run may write it as well
-                partial.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_bytes(safetensors.torch.save(tensors))
-                partial.replace(file)
-    accelerator.wait_for_everyone()
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, count in dict.fromkeys(shares):  # the second one if nodes do not share the folder
+            own_rows = range(index, len(dataset), count)
+            missing = [row for row in own_rows if not cache_file(folder, row).exists()]
+            groups = group_by_size(missing, sizes, CACHE_BATCH_SIZE)
+            batches = load(np.arange(len(dataset)), groups, train=False)
+            for batch in tqdm(batches, f"Encoding {len(missing)} rows", len(groups)):
+                latents = embed_images(batch["effnet_pixel_values"], image_encoder).cpu()
+                texts = [caption for captions in batch["captions"] for caption in captions]
+                embeds = embed_captions(tokenize_captions(texts, tokenizer), text_encoder).cpu()
+                embeds = embeds.split([len(captions) for captions in batch["captions"]])
+                for row, row_latents, row_embeds in zip(batch["row"], latents, embeds, strict=True):
+                    file = cache_file(folder, row)
+                    if not file.exists():  # a row in place of an unreadable one may be there already
+                        tensors = {"latents": row_latents, "prompt_embeds": row_embeds}
+                        partial = file.with_suffix(f".{secrets.token_hex(4)}")  # of this process alone
+                        partial.write_bytes(safetensors.torch.save(tensors))
+                        partial.replace(file)
+            accelerator.wait_for_everyone()
     return folder
 
 
@@ -1487,7 +1496,7 @@ def preprocess_cached(
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 # Locks the output folder, and writes, finds and compares checkpoints in it.
-STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.bin"  # the first is written last
+STATE_FILE = "trainer_state.json"  # written last
 
 
 def lock_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> filelock.FileLock:
@@ -1578,7 +1587,7 @@ def load_optimizer_state(accelerator: Accelerator, optimizer, checkpoint: Path, 
     parameter groups stay as the flags and `make_optimizer` gave them."""
     groups = [dict(group) for group in optimizer.param_groups]
     with explain_errors(args, "resume_from_checkpoint"):
-        saved = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True, mmap=True)
+        saved = torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(saved["optimizer"])
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
         group.update(settings)
@@ -1610,7 +1619,7 @@ def save_checkpoint(
             if ema_prior is not None:
                 ema_prior.save_pretrained(partial / "prior_ema")
             scaler = accelerator.scaler and accelerator.scaler.state_dict()
-            torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, partial / OPTIMIZER_FILE)
+            torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, partial / "optimizer.bin")
             files = [path for path in partial.rglob("*") if path.is_file()]
             sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
             (partial / STATE_FILE).write_text(json.dumps(state | {"files": sizes}, indent=2))
@@ -2045,9 +2054,6 @@ def save_model_card(
     )
 
     found = [find_sample(args, global_step, *image[:2]) for image in validation_images(args)[: len(prompts)]]
-    images = [Image.open(file) for file in found if file]
-    if images:
-        make_image_grid(images, rows=1, cols=len(images)).save(args.output_dir / "grid.png")
     source = args.hub_model_id if args.push_to_hub else str(args.output_dir.resolve())
 
     card = f"""---
@@ -2061,7 +2067,7 @@ tags: [wuerstchen, text-to-image, diffusers, diffusers-training]
 
 # {args.hub_model_id}
 The Würstchen prior **{base_model or "of a local folder"}**, fine-tuned on **{dataset or "local images"}**.
-{"![" + ", ".join(prompts) + "](grid.png)" if images else ""}
+{" ".join(f"![{file.stem}](samples/{file.name})" for file in found if file)}
 
 ## How to use it
 ```python
@@ -2096,7 +2102,7 @@ on {accelerator.num_processes} x {accelerator.device.type}:
 
 def push_to_hub(args: argparse.Namespace, global_step: int):
     """Uploads what a user of the model needs, and nothing else."""
-    names = ["README.md", "model_index.json", "grid.png", "loss.png", f"samples/step-{global_step:07d}-*"]
+    names = ["README.md", "model_index.json", "loss.png", f"samples/step-{global_step:07d}-*"]
     components = json.loads((args.output_dir / "model_index.json").read_text())
     names += [f"{folder}/*" for folder in ("prior_pipeline", *components)]
     with explain_errors(args, "push_to_hub"):
@@ -2127,13 +2133,6 @@ def log_summary(args: argparse.Namespace, global_step: int):
 
 # ---------------------------------------------------------------------------------------------------- compile
 # Records the prior's training steps as CUDA graphs, for --compile.
-# The order in which the compiled prior asks for an attention kernel, the fastest on an H100 first.
-ATTENTION_KERNELS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def make_compiled_forward(prior: wuerstchen.WuerstchenPrior) -> Callable:
@@ -2184,7 +2183,10 @@ def compile_prior(
             setattr(config, f"ban_recompute_{reason}", False)
         config.activation_memory_budget = 0.5 if args.gradient_checkpointing else 1.0  # share of activations
         prior.forward = make_compiled_forward(prior)
-        with sdpa_kernel(ATTENTION_KERNELS, set_priority=True), accelerator.autocast():
+        # The fastest attention kernel on an H100 first.
+        kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        kernels += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(kernels, set_priority=True), accelerator.autocast():
             graphed_forward = torch.cuda.make_graphed_callables(prior.train(), inputs).forward
     except Exception as error:  # for example no C compiler, or a GPU that Triton does not support
         prior.forward = eager_forward

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import at_call, checksum, same_weights
+from conftest import at_call, checksum, distance, same_weights
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import read_images
@@ -368,8 +368,8 @@ def test_an_interrupted_pass_continues_at_the_missing_rows(
         assert run.returncode == -signal.SIGKILL, run
     else:
         assert f"--cache_dir={tmp_path}" in run.error() and "File too large" in run.error()
-        for partial in tmp_path.glob("wuerstchen_latents/*/0/40.*"):
-            partial.unlink()
+        (partial,) = set(tmp_path.glob("wuerstchen_latents/*/*")) - set(tmp_path.rglob("*.safetensors"))
+        partial.unlink()
     assert not (run.folder / "prior_pipeline").exists()
     run = new_run(functools.partial(set_batch_size, 8), **ALL, cache_dir=tmp_path)
     assert run.images == image_checksums(images)[40:]
@@ -388,7 +388,7 @@ def test_a_truncated_file_is_made_anew_by_the_next_run(train, new_run, in_one_go
     assert re.search(rf"^row 17: {file} was damaged \(.*\) and is deleted", train(**flags).error())
     run = new_run(**flags)
     assert run.images == image_checksums(images)[17:18]
-    assert same_weights(run.prior(), in_one_go.prior())
+    assert distance(run.prior(), in_one_go.prior()) < 1e-4, "it was encoded in another batch"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
 as on nodes that share none."""
 
 import functools
+import itertools
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import load_optimizer_state, same_weights, script
+from conftest import distance, load_optimizer_state, same_weights, script
 
 FLAGS = {"train_batch_size": 2, "max_train_samples": 24, "learning_rate": 1e-3}
 FLAGS |= {"max_train_steps": 4, "checkpointing_steps": 2}
@@ -84,33 +85,29 @@ def test_ranks_that_found_other_rows_are_refused(train_ranks):
 
 
 def enter_node(folder):
-    """Ranks 0 and 1 run in one folder, 2 and 3 in another, and write down which rows they encode."""
-    script.CACHE_SHARD_SIZE = 3
+    """Ranks 0 and 1 run in one folder, 2 and 3 in another."""
     node = folder / f"node-{int(os.environ['RANK']) // 2}"
     node.mkdir(exist_ok=True, parents=True)
     os.chdir(node)
-    encode_shard = script.encode_shard
 
-    def record_shard(file, *args):
-        with open(node / "encoded.txt", "a") as encoded:
-            print(file.stem, file=encoded)
-        encode_shard(file, *args)
 
-    script.encode_shard = record_shard
+def node_environment(rank):
+    return {"LOCAL_RANK": rank % 2, "LOCAL_WORLD_SIZE": 2}
 
 
 @pytest.mark.slow
 def test_nodes_encode_all_rows_once_for_a_cache_of_their_own_or_a_shared_one(train_ranks, tmp_path):
-    flags, results = FLAGS | {"cache_latents": True, "ranks": 4}, []
+    flags = FLAGS | {"cache_latents": True, "ranks": 4, "env": node_environment, "record": True}
+    encoded, results = {}, []
     for name, cache_dir in (("separate", "cache"), ("shared", tmp_path / "cache")):
-        patch = partial(enter_node, tmp_path / name)
-        results.append(finished(train_ranks(patch, **flags, cache_dir=cache_dir))[0])
-    starts = [f"{start:09d}" for start in range(0, 24, 3)]
-    for node in range(2):
-        assert sorted((tmp_path / "separate" / f"node-{node}" / "encoded.txt").read_text().split()) == starts
-    lines = [line for file in (tmp_path / "shared").rglob("encoded.txt") for line in file.open()]
-    assert sorted(map(str.strip, lines)) == starts
-    assert same_weights(results[0].prior(), results[1].prior())
+        runs = finished(train_ranks(partial(enter_node, tmp_path / name), **flags, cache_dir=cache_dir))
+        encoded[name] = [list(itertools.chain(*run.record["images"])) for run in runs]
+        results.append(runs[0].prior())
+    once = sorted(itertools.chain(*encoded["shared"]))
+    assert len(set(once)) == len(once) == 24 and all(encoded["shared"])
+    for first in (0, 2):
+        assert sorted(encoded["separate"][first] + encoded["separate"][first + 1]) == once
+    assert distance(*results) < 1e-4, "batches of other rows differ in rounding"
 
 
 def fail(error):
@@ -175,7 +172,7 @@ def test_the_timeout_of_collectives_reaches_pytorch(train_ranks):
 
 
 def stop_answering():
-    script.COLLECTIVE_TIMEOUT = timedelta(seconds=10)
+    script.timedelta = lambda hours: timedelta(seconds=10)
     on_call("check_finite", 2, 1, partial(time.sleep, 20))
 
 

@@ -158,10 +158,10 @@ def load(run: SimpleNamespace, dataset, preprocess: Callable, batches, workers: 
     return script.load_batches(args, device, [], dataset, sizes, preprocess, rows, batches, train=True)
 
 
-def cache(run: SimpleNamespace, dataset: datasets.Dataset) -> datasets.Dataset:
-    """The rows as --cache_latents has them."""
+def cache(run: SimpleNamespace, dataset: datasets.Dataset) -> Path:
+    """The folder of the rows as --cache_latents has them."""
     load = partial(script.load_batches, run.args, run.accelerator.device, [])
-    models = (run.rows_hash, run.args, run.tokenizer, *run.encoders)
+    models = (run.rows_hash, run.args, run.accelerator, run.tokenizer, *run.encoders)
     return script.cache_latents(load, dataset, make_sizes(run, dataset), *models)
 
 

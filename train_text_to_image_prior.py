@@ -16,15 +16,15 @@ Part 1 is the training, in the order in which it runs. Read `main` first:
                    list_captions, preprocess_train
     models         load_encoders, load_prior, save_prior, load_ema, update_ema, make_optimizer,
                    make_lr_scheduler
-    diffusion      encode_batch, sample_noise, sample_timesteps, diffusion_loss
+    diffusion      embed_captions, embed_images, encode_batch, sample_noise, sample_timesteps, diffusion_loss
     validation     is_validation_due, load_decoder, validation_images, log_validation
     main           main
 
 Part 2 supports the training. Skip it on a first reading:
 
     folders        load_folder, read_image_folder, read_metadata
-    samples        choose_sizes, order_rows, order_batches, SampleDataset, load_batches
-    cache          cache_latents, preprocess_cached
+    samples        bucket_sizes, choose_sizes, order_rows, order_batches, SampleDataset, load_batches
+    cache          cache_key, cache_latents, preprocess_cached
     checkpoints    lock_output_dir, find_checkpoint, check_output_dir, check_same_run, save_checkpoint
     processes      setup_accelerator, deferred_signals, kill_workers, explain_errors
     logging        log_metrics, log_images, save_contact_sheet, save_loss_curve
@@ -32,7 +32,7 @@ Part 2 supports the training. Skip it on a first reading:
     compile        compile_prior
 
 Where to edit: the loss in `diffusion_loss`, augmentation in `make_augmentations`, the text of captions in
-`list_captions`, the choice among them in `choose_caption`, image sizes in `choose_sizes`, data layouts in
+`list_captions`, the choice among them in `choose_caption`, image sizes in `bucket_sizes`, data layouts in
 `load_folder`, the optimizer in `make_optimizer`, its schedule in `make_lr_scheduler`, trainable parameters or
 LoRA in `load_prior` and `save_prior`, trackers in `log_images_to_tracker`.
 
@@ -506,7 +506,8 @@ def load_prior(
     image_encoder: EfficientNetEncoder,
 ) -> wuerstchen.WuerstchenPrior:
     """The prior in float32, pretrained or as `save_prior` wrote it to the checkpoint. Freeze parameters or
-    add LoRA at the end; `save_prior` must then write what this function and the pipelines can load."""
+    add LoRA at the end; `save_prior` must then write what this function and the pipelines can load. The
+    average (EMA) does not pass through it: refuse --use_ema with LoRA."""
     dtype = {"torch_dtype": torch.float32}
     prior = load_model(args, PRIOR_FLAG, wuerstchen.WuerstchenPrior, "prior", checkpoint, **dtype)
     with explain_errors(args, PRIOR_FLAG):
@@ -582,7 +583,7 @@ def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace) -> torch.op
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, first_step: int):
     """The schedule, which multiplies each parameter group's learning rate by a factor that depends on the
-    step, from `first_step` on. A new one also needs a name in --lr_scheduler."""
+    step, from `first_step` on. A new one also needs a name among the choices of --lr_scheduler."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     # Skipped fp16 steps still advance the schedule. PyTorch warns if the first one is skipped.
@@ -643,8 +644,9 @@ def sample_noise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Standard normal noise, (B, *shape), and uniform random numbers in [0, 1), (B,), both float32.
 
-    Both follow from `key` and a sample's position, its index among all samples of the run (`order_batches`),
-    on any device and number of processes.
+    Both follow from `key`, (seed, "noise") or (seed, "held out"), and a sample's position, its index among
+    all samples of the run (`order_batches`) or among the held-out rows, on any device and any number of
+    processes.
     """
     noise, uniform = [], []
     for position in positions:
@@ -713,8 +715,8 @@ def is_validation_due(
     global_step: int, args: argparse.Namespace, samples_per_step: int, num_rows: int
 ) -> bool:
     """Whether to validate: before the first step, and then every --validation_steps, or after the first epoch
-    and every --validation_epochs from there. (After the last step `main` validates once the result is saved;
-    a resumed run does not repeat a validation.)"""
+    and every --validation_epochs from there. (After the last step `main` validates as soon as the result is
+    saved, and does so again if a finished run is resumed; other validations are not repeated on resuming.)"""
     if global_step == 0 or args.validation_steps is not None:
         return global_step % (args.validation_steps or 1) == 0
     epochs = [step * samples_per_step // num_rows for step in (global_step - 1, global_step)]
@@ -833,7 +835,7 @@ def compute_held_out_loss(
     num_rows: int,
 ) -> dict[str, float]:
     """The mean loss of the held-out rows, in total and for each quarter of the timesteps. A row's noise and
-    timestep depend on its number only; the timesteps are evenly spaced in [0, 1)."""
+    timestep are the same each time; the timesteps are evenly spaced in [0, 1)."""
     device, samples = accelerator.device, []
     for batch in tqdm(batches, "Held-out loss", leave=False):
         latents, prompt_embeds = encode_batch(batch, *encoders)
@@ -974,7 +976,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                 train_loss += loss.detach() / args.gradient_accumulation_steps
                 rows += batch["row"]
 
-            # Clip the gradients, and average over the ranks: all stop if one has received a signal
+            # Clip the gradients; average loss, norm and signals over the ranks: all stop if one has a signal
             grad_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
             values = [train_loss, grad_norm.to(train_loss), torch.full_like(train_loss, len(signals))]
             train_loss, grad_norm, stop = accelerator.reduce(torch.stack(values), "mean").tolist()
@@ -996,7 +998,9 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                 delete(stale_checkpoints.pop())
             progress.set_postfix(metrics, refresh=False)
             progress.update()
-    if stop or signals:  # after the last step, one rank alone may have received a signal
+    if (
+        stop or signals
+    ):  # too late for the last step, a signal ends its rank alone; resuming writes the result
         if saved:
             logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
         if stop:
@@ -1203,8 +1207,9 @@ BATCH_TIMEOUT = 10  # seconds without a batch, after which slow storage is repor
 
 
 def bucket_sizes(resolution: int) -> np.ndarray:
-    """Sizes of all ASPECT_RATIOS, (height, width) in pixels, (num_sizes, 2): multiples of 32 with about as
-    many latents as the square of `resolution`. At 768 that is 567 to 588."""
+    """The sizes of --aspect_ratio_buckets, (height, width) in pixels, (num_sizes, 2): of all ASPECT_RATIOS,
+    multiples of 32 with about as many latents as the square of `resolution`. At 768 that is 567 to 588.
+    Return sizes of your own here, also multiples of 32."""
     roots = np.sqrt([ratio**sign for ratio in ASPECT_RATIOS for sign in (1, -1)])
     sides = math.ceil(resolution / STRIDE) * np.stack([1 / roots, roots], axis=1)
     return STRIDE * np.unique(sides.round().clip(1).astype(int), axis=0)
@@ -1351,7 +1356,7 @@ def load_batches(
     train: bool,
 ) -> Iterator[dict]:
     """Yields batches on the device; `batches` has the positions and rows of each. An unreadable row, a dead
-    worker, or a signal in `signals` while storage hangs, ends the run."""
+    worker, or a signal in `signals` while workers wait for storage, ends the run."""
     num_workers = args.dataloader_num_workers
     dataloader = DataLoader(
         SampleDataset(dataset, sizes, rows, functools.partial(preprocess, train=train), args),
@@ -1411,9 +1416,11 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
             sample = preprocess_row(dataset[row], sizes[row].tolist(), False, args)
             tokens = tokenize_captions(sample["captions"], tokenizer)
             tensors += [sample["effnet_pixel_values"], *tokens.values()]
-    hashes = [Hasher.hash(tensor) for tensor in tensors]
-    # The text of a model names its activations and strides.
-    return Hasher.hash(repr([rows_hash, dataset._fingerprint, sizes.tolist(), sources, encoders, hashes]))
+    # As arrays, since a tensor takes 4 ms. The text of a model names its activations and strides.
+    hashes = [Hasher.hash(tensor.cpu().float().numpy()) for tensor in tensors]
+    return Hasher.hash(
+        repr([rows_hash, dataset._fingerprint, sizes.tolist(), sources, encoders, encoders[0].dtype, hashes])
+    )
 
 
 def cache_file(folder: Path, row: int) -> Path:
@@ -1451,8 +1458,9 @@ def cache_latents(
     with explain_errors(args, "cache_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         for index, count in dict.fromkeys(shares):  # the second one if nodes do not share the folder
-            own_rows = range(index, len(dataset), count)
-            missing = [row for row in own_rows if not cache_file(folder, row).exists()]
+            missing = [
+                row for row in range(index, len(dataset), count) if not cache_file(folder, row).exists()
+            ]
             groups = group_by_size(missing, sizes, CACHE_BATCH_SIZE)
             batches = load(np.arange(len(dataset)), groups, train=False)
             for batch in tqdm(batches, f"Encoding {len(missing)} rows", len(groups)):
@@ -1598,9 +1606,9 @@ def load_optimizer_state(accelerator: Accelerator, optimizer, checkpoint: Path, 
 def save_checkpoint(
     accelerator: Accelerator, args: argparse.Namespace, state: dict, prior, ema_prior, optimizer
 ) -> bool:
-    """Writes checkpoint-N: prior, prior_ema, optimizer.bin and trainer_state.json; random numbers, schedule
-    and data follow from the seed and the step. It is written under a temporary name, flushed and renamed.
-    Then checkpoints over the limit are deleted. Rank 0 writes; all ranks wait.
+    """Writes checkpoint-N: prior, with --use_ema prior_ema, optimizer.bin and trainer_state.json
+    (`read_state`); random numbers, schedule and data follow from the seed and the step. It is written under a
+    temporary name, flushed and renamed. Then checkpoints over the limit are deleted. Rank 0 writes; all wait.
 
     If that fails, say on a full disk, the older checkpoints remain, the run continues, and the result is
     False. Weights that are not finite end the run.
@@ -1741,8 +1749,12 @@ def end_training(accelerator: Accelerator):
 
 @contextlib.contextmanager
 def deferred_signals(received: list[int]) -> Iterator[None]:
-    """Appends stop signals to `received`; a second Ctrl-C exits at once. One takes effect after the next
-    step, in which the ranks agree to stop. Before and after the training loop a signal ends the process."""
+    """Appends stop signals to `received` during the training loop; Ctrl-C after another signal exits at once.
+
+    A signal on any rank takes effect on all after the next step, in which they agree to stop: a save or a
+    validation is finished first. A checkpoint is saved, but no result: resuming writes it, also after the
+    last step. Before and after the loop a signal ends the process, and the launcher ends the other ranks.
+    """
 
     def handler(number: int, frame):
         if number == signal.SIGINT and received:
@@ -1842,7 +1854,7 @@ def init_trackers(accelerator: Accelerator, args: argparse.Namespace, state: dic
 
 
 def log_metrics(accelerator: Accelerator, metrics: dict[str, float], global_step: int):
-    """Passes metrics to the trackers and appends them to loss.jsonl, one line a step."""
+    """Passes metrics to the trackers and appends them to loss.jsonl as a line."""
     with only_warn("Logging to the trackers"):
         accelerator.log(metrics, step=global_step)
     if accelerator.is_main_process and metrics:
@@ -2101,7 +2113,7 @@ on {accelerator.num_processes} x {accelerator.device.type}:
 
 
 def push_to_hub(args: argparse.Namespace, global_step: int):
-    """Uploads what a user of the model needs, and nothing else."""
+    """Uploads card, curve, last images and all parts of both pipelines; no checkpoints, logs or data."""
     names = ["README.md", "model_index.json", "loss.png", f"samples/step-{global_step:07d}-*"]
     components = json.loads((args.output_dir / "model_index.json").read_text())
     names += [f"{folder}/*" for folder in ("prior_pipeline", *components)]
@@ -2184,8 +2196,12 @@ def compile_prior(
         config.activation_memory_budget = 0.5 if args.gradient_checkpointing else 1.0  # share of activations
         prior.forward = make_compiled_forward(prior)
         # The fastest attention kernel on an H100 first.
-        kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-        kernels += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        kernels = [
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]
         with sdpa_kernel(kernels, set_priority=True), accelerator.autocast():
             graphed_forward = torch.cuda.make_graphed_callables(prior.train(), inputs).forward
     except Exception as error:  # for example no C compiler, or a GPU that Triton does not support

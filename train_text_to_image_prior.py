@@ -947,8 +947,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         while True:
             # ---- Once in a while: validate (all ranks), save a checkpoint (rank 0 writes, all wait), stop
             is_done = global_step >= args.max_train_steps
-            is_validated = is_done or stop or state["validated_step"] == global_step
-            if not is_validated and is_validation_due(global_step, args, samples_per_step, num_rows):
+            may_validate = not (is_done or stop or state["validated_step"] == global_step)
+            if may_validate and is_validation_due(global_step, args, samples_per_step, num_rows):
                 validate(global_step)
                 state["validated_step"] = global_step
             if global_step > first_step and (stop or is_done or global_step % args.checkpointing_steps == 0):
@@ -998,9 +998,8 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                 delete(stale_checkpoints.pop())
             progress.set_postfix(metrics, refresh=False)
             progress.update()
-    if (
-        stop or signals
-    ):  # too late for the last step, a signal ends its rank alone; resuming writes the result
+    # Too late for the last step, a signal ends its rank alone. Resuming writes the result.
+    if stop or signals:
         if saved:
             logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
         if stop:

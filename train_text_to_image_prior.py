@@ -477,8 +477,9 @@ def load_model(
 ):
     """Loads the part in `subfolder` of the model that a flag names, or of a checkpoint."""
     with explain_errors(args, flag):
-        source = checkpoint or getattr(args, flag)
-        return model_class.from_pretrained(source, subfolder=subfolder, cache_dir=args.cache_dir, **settings)
+        return model_class.from_pretrained(
+            checkpoint or getattr(args, flag), subfolder=subfolder, cache_dir=args.cache_dir, **settings
+        )
 
 
 def load_encoders(
@@ -925,8 +926,9 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 
     # The batches: this rank's share of the samples from `first_step` on, and of the held-out rows.
     load = functools.partial(load, dataset, sizes, preprocess)
-    samples = order_batches(train_rows, sizes, args, accelerator, first_step)
-    train_batches = load(train_rows, samples, train=True)
+    train_batches = load(
+        train_rows, order_batches(train_rows, sizes, args, accelerator, first_step), train=True
+    )
     held_out = group_by_size(held_out_rows.tolist(), sizes, args.train_batch_size)
     own_share = held_out[accelerator.process_index :: accelerator.num_processes]
     load_held_out = functools.partial(load, held_out_rows, own_share, train=False)
@@ -947,7 +949,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         while True:
             # ---- Once in a while: validate (all ranks), save a checkpoint (rank 0 writes, all wait), stop
             is_done = global_step >= args.max_train_steps
-            may_validate = not (is_done or stop or state["validated_step"] == global_step)
+            may_validate = not is_done and not stop and state["validated_step"] != global_step
             if may_validate and is_validation_due(global_step, args, samples_per_step, num_rows):
                 validate(global_step)
                 state["validated_step"] = global_step
@@ -1531,7 +1533,6 @@ def read_state(checkpoint: Path) -> dict | None:
         state = json.loads((checkpoint / STATE_FILE).read_text())
         if all((checkpoint / name).stat().st_size == size for name, size in state["files"].items()):
             return state
-    return None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -1759,10 +1760,7 @@ def deferred_signals(received: list[int]) -> Iterator[None]:
         if number == signal.SIGINT and received:
             os._exit(128 + number)
         received.append(number)
-        print(
-            "\nStopping after the next step, with a checkpoint; a second Ctrl-C stops at once.",
-            file=sys.stderr,
-        )
+        print("\nStopping after the next step, with a checkpoint; a second Ctrl-C stops at once.")
 
     previous = {}
     with contextlib.suppress(ValueError):  # not in the main thread
@@ -2064,7 +2062,10 @@ def save_model_card(
         for name in (args.pretrained_prior_model_name_or_path, args.dataset_name)
     )
 
-    found = [find_sample(args, global_step, *image[:2]) for image in validation_images(args)[: len(prompts)]]
+    images = {
+        prompt: find_sample(args, global_step, prompt, name)
+        for prompt, name, _ in validation_images(args)[: len(prompts)]
+    }
     source = args.hub_model_id if args.push_to_hub else str(args.output_dir.resolve())
 
     card = f"""---
@@ -2078,7 +2079,7 @@ tags: [wuerstchen, text-to-image, diffusers, diffusers-training]
 
 # {args.hub_model_id}
 The Würstchen prior **{base_model or "of a local folder"}**, fine-tuned on **{dataset or "local images"}**.
-{" ".join(f"![{file.stem}](samples/{file.name})" for file in found if file)}
+{" ".join(f"![{prompt}](samples/{file.name})" for prompt, file in images.items() if file)}
 
 ## How to use it
 ```python
@@ -2195,12 +2196,8 @@ def compile_prior(
         config.activation_memory_budget = 0.5 if args.gradient_checkpointing else 1.0  # share of activations
         prior.forward = make_compiled_forward(prior)
         # The fastest attention kernel on an H100 first.
-        kernels = [
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH,
-        ]
+        kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        kernels += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         with sdpa_kernel(kernels, set_priority=True), accelerator.autocast():
             graphed_forward = torch.cuda.make_graphed_callables(prior.train(), inputs).forward
     except Exception as error:  # for example no C compiler, or a GPU that Triton does not support

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training learns, and each part of it matters: with one of them wrong, the images are not learned."""
 
-import json
-
 import pytest
 from conftest import script
-from learning import encode_images, load_pipeline, load_rows, make_flags, make_models, recall
-from PIL import Image
+from learning import load_pipeline, load_rows, make_flags, make_models, recall
 
 pytestmark = pytest.mark.slow
 NUM_IMAGES = 8
@@ -47,33 +44,6 @@ def test_captioned_images_are_memorized(learn):
     """Also with guidance, which needs the caption dropout: without it the error was more than 2."""
     plain, guided = learn(1.0, 4.0)
     assert has_learned(plain) and guided["error"] < 1, (plain, guided)
-
-
-def test_content_outside_the_central_square_is_learned_with_buckets(untrained, images, train, tmp_path):
-    """16 images, half of them 2:1 and half 1:2: what the caption names is at the left or at the top end."""
-    folder, rows = tmp_path / "panoramas", []
-    folder.mkdir()
-    for index, line in enumerate((images / "metadata.jsonl").read_text().splitlines()[:16]):
-        row = json.loads(line)
-        with Image.open(images / row["file_name"]) as image:
-            emoji = image.convert("RGB").resize((32, 64))
-        panorama = Image.new("RGB", (128, 64), "white")
-        panorama.paste(emoji, (0, 0))
-        panorama = panorama if index % 2 else panorama.transpose(Image.Transpose.ROTATE_90)
-        panorama.save(folder / f"{index}.png")
-        square = script.make_image_transforms((64, 64))(panorama)
-        assert (square == 255).all(), "without buckets there is nothing to learn"
-        rows.append({"file_name": f"{index}.png", "text": row["text"]})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"train_data_dir": folder, "resolution": 96, "train_batch_size": 16, "max_train_steps": 1600}
-    flags |= {"learning_rate": 4e-3, "lr_warmup_steps": 50}
-    argv = make_flags(untrained, tmp_path / "run", aspect_ratio_buckets=True, **flags)
-    run = train(argv=argv, output_dir=tmp_path / "run", timeout=600).ok()
-    for shape, size in ((1, (64, 128)), (0, (128, 64))):
-        panoramas = [Image.open(folder / row["file_name"]) for row in rows[shape::2]]
-        latents = encode_images(panoramas, size, script.parse_args(argv))
-        found = recall(load_pipeline(run.folder), [row["text"] for row in rows[shape::2]], latents)
-        assert has_learned(found), found
 
 
 def other_captions():

@@ -138,7 +138,6 @@ GUIDANCE_SCALE = 4.0  # of validation images: the guide's `prior_guidance_scale`
 # Formats that are opened, whatever a file's name says. (Others run programs: EPS starts Ghostscript.)
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"]
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # an editor's history can be longer than 1 MB
-
 # Longer images are cropped first: resizing 60000 x 1 pixels to height 512 would fill the memory.
 MAX_ASPECT_RATIO = 8
 PRIOR_FLAG = "pretrained_prior_model_name_or_path"  # of the prior, its tokenizer and its text encoder
@@ -509,8 +508,9 @@ def load_prior(
     """The prior in float32, pretrained or as `save_prior` wrote it to the checkpoint. Freeze parameters or
     add LoRA at the end; `save_prior` must then write what this function and the pipelines can load. The
     average (EMA) does not pass through it: refuse --use_ema with LoRA."""
-    dtype = {"torch_dtype": torch.float32}
-    prior = load_model(args, PRIOR_FLAG, wuerstchen.WuerstchenPrior, "prior", checkpoint, **dtype)
+    prior = load_model(
+        args, PRIOR_FLAG, wuerstchen.WuerstchenPrior, "prior", checkpoint, torch_dtype=torch.float32
+    )
     with explain_errors(args, PRIOR_FLAG):
         needed = [prior.config.c_in, prior.config.c_cond]
         widths = [image_encoder.config.c_latent, text_encoder.config.hidden_size]
@@ -2061,18 +2061,15 @@ def save_model_card(
         name if name and not os.path.exists(name) else None
         for name in (args.pretrained_prior_model_name_or_path, args.dataset_name)
     )
-
     images = {
         prompt: find_sample(args, global_step, prompt, name)
         for prompt, name, _ in validation_images(args)[: len(prompts)]
     }
     source = args.hub_model_id if args.push_to_hub else str(args.output_dir.resolve())
-
     card = f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [wuerstchen, text-to-image, diffusers, diffusers-training]
-
 {f"base_model: {base_model}" if base_model else ""}
 {f"datasets: [{dataset}]" if dataset else ""}
 ---

@@ -56,6 +56,9 @@ def set_batch_size(batch_size):
     script.CACHE_BATCH_SIZE = batch_size
 
 
+batches_of_8 = functools.partial(set_batch_size, 8)
+
+
 def image_checksums(folder, resolution=64):
     """The checksums of a folder's images in the order of their names."""
     return [checksum(image) for image in read_images(folder, resolution)]
@@ -338,14 +341,14 @@ def test_the_cache_of_another_process_is_found(train_fresh, new_run, images, tmp
 def in_one_go(train, tmp_path_factory):
     """A run over a cache that was made in one go."""
     cache = tmp_path_factory.mktemp("cache")
-    run = train(functools.partial(set_batch_size, 8), **ALL, cache_dir=cache, record=True).ok()
+    run = train(batches_of_8, **ALL, cache_dir=cache, record=True).ok()
     run.cache = cache
     return run
 
 
 def at_batch(number, action):
     """Batches of 8 rows, and an action before one of them is encoded."""
-    set_batch_size(8)
+    batches_of_8()
     at_call(script, "embed_images", number, action)
 
 
@@ -371,7 +374,7 @@ def test_an_interrupted_pass_continues_at_the_missing_rows(
         (partial,) = set(tmp_path.glob("wuerstchen_latents/*/*")) - set(tmp_path.rglob("*.safetensors"))
         partial.unlink()
     assert not (run.folder / "prior_pipeline").exists()
-    run = new_run(functools.partial(set_batch_size, 8), **ALL, cache_dir=tmp_path)
+    run = new_run(batches_of_8, **ALL, cache_dir=tmp_path)
     assert run.images == image_checksums(images)[40:]
     assert len(cache_files(tmp_path)) == 64
     for name in ("image_embeds", "prompt_embeds"):
@@ -394,8 +397,7 @@ def test_a_truncated_file_is_made_anew_by_the_next_run(train, new_run, in_one_go
 @pytest.mark.slow
 def test_two_runs_at_the_same_time_share_a_cache(new_run, in_one_go, tmp_path):
     flags, runs = ALL | {"cache_dir": tmp_path / "cache"}, []
-    patch = functools.partial(set_batch_size, 8)
-    threads = [threading.Thread(target=lambda: runs.append(new_run(patch, **flags))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: runs.append(new_run(batches_of_8, **flags))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1053,13 +1053,14 @@ def load_folder(source: str, args: argparse.Namespace) -> datasets.Dataset:
     rows = read_image_folder(root, files, args.caption_column)
     if not rows:
         return load_data_files(root, files, args)
-    columns = {
-        "image": [{"path": path} for path, _ in rows],
-        args.caption_column: [captions for _, captions in rows],
-        # Changes the fingerprint: an edited file is encoded again.
-        "modified": [os.path.getmtime(path) if os.path.exists(path) else None for path, _ in rows],
-    }
-    return datasets.Dataset.from_dict(columns)
+    return datasets.Dataset.from_dict(
+        {
+            "image": [{"path": path} for path, _ in rows],
+            args.caption_column: [captions for _, captions in rows],
+            # Changes the fingerprint: an edited file is encoded again.
+            "modified": [os.path.getmtime(path) if os.path.exists(path) else None for path, _ in rows],
+        }
+    )
 
 
 def list_files(folder: str, parents: tuple[str, ...] = ()) -> list[str]:
@@ -1452,26 +1453,27 @@ def cache_latents(
     folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "wuerstchen_latents")
     folder /= cache_key(dataset, sizes, rows_hash, args, tokenizer, text_encoder, image_encoder)
     load = functools.partial(load, dataset, sizes, functools.partial(preprocess_row, args=args))
-    shares = [
-        (accelerator.process_index, accelerator.num_processes),
-        (accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-    ]
+    share = (accelerator.process_index, accelerator.num_processes)
+    local_share = (accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with explain_errors(args, "cache_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        for index, count in dict.fromkeys(shares):  # the second one if nodes do not share the folder
+        for index, count in dict.fromkeys([share, local_share]):  # the latter if nodes share no folder
+            # A power failure can empty files.
+            done = {entry.name for entry in os.scandir(folder) if entry.stat().st_size}
             missing = [
-                row for row in range(index, len(dataset), count) if not cache_file(folder, row).exists()
+                row for row in range(index, len(dataset), count) if cache_file(folder, row).name not in done
             ]
             groups = group_by_size(missing, sizes, CACHE_BATCH_SIZE)
             batches = load(np.arange(len(dataset)), groups, train=False)
             for batch in tqdm(batches, f"Encoding {len(missing)} rows", len(groups)):
                 latents = embed_images(batch["effnet_pixel_values"], image_encoder).cpu()
-                texts = [caption for captions in batch["captions"] for caption in captions]
+                texts = list(itertools.chain.from_iterable(batch["captions"]))
                 embeds = embed_captions(tokenize_captions(texts, tokenizer), text_encoder).cpu()
                 embeds = embeds.split([len(captions) for captions in batch["captions"]])
                 for row, row_latents, row_embeds in zip(batch["row"], latents, embeds, strict=True):
                     file = cache_file(folder, row)
-                    if not file.exists():  # a row in place of an unreadable one may be there already
+                    # A row in place of an unreadable one may be there already.
+                    if not file.exists() or not file.stat().st_size:
                         tensors = {"latents": row_latents, "prompt_embeds": row_embeds}
                         partial = file.with_suffix(f".{secrets.token_hex(4)}")  # of this process alone
                         partial.write_bytes(safetensors.torch.save(tensors))
@@ -1496,8 +1498,7 @@ def preprocess_cached(
         cached = safetensors.torch.load(file.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
         load_image(dataset[row][args.image_column])  # raises the reason if the image is unreadable
-        file.unlink(missing_ok=True)
-        raise ValueError(f"{file} was damaged ({error}) and is deleted: start again") from None
+        raise ValueError(f"{file} cannot be read ({error}): delete it and start again") from None
     caption_dropout = args.caption_dropout if train else 0.0
     embeds = choose_caption(cached["prompt_embeds"], caption_dropout, empty_embeds)
     return {"latents": cached["latents"], "prompt_embeds": embeds}
@@ -1537,7 +1538,7 @@ def read_state(checkpoint: Path) -> dict | None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    found = [path for path in output_dir.resolve().glob("checkpoint-*") if read_state(path)]
+    found = filter(read_state, output_dir.resolve().glob("checkpoint-*"))
     return sorted(found, key=lambda path: read_state(path)["global_step"])
 
 
@@ -1558,7 +1559,7 @@ def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[
     """Refuses to replace files of another run. A new run refuses any file; with `latest` and no checkpoint,
     checkpoints and results; a resumed run, newer checkpoints. Returns the checkpoints to delete."""
     stale = list_checkpoints(args.output_dir)
-    names = {path.name for path in args.output_dir.iterdir() if not path.name.startswith(".")}
+    names = {path.name for path in args.output_dir.glob("[!.]*")}
     if args.resume_from_checkpoint == "latest":
         names = {
             name for name in names if re.match("checkpoint-|model_index.json|prior_pipeline|README.md", name)

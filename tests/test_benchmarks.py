@@ -20,7 +20,7 @@ from measures import tflop_per_image
 
 pytestmark = pytest.mark.slow
 # One row of each kind: nothing is compiled on a CPU, and the others differ in flags only.
-REQUESTED = [BASE, "guide-cached", "bf16-16", "guide-compile", *OTHER]
+REQUESTED = [BASE, "bf16-16", "guide-compile", *OTHER]
 COLUMNS = {"images_per_second", "ratio", "share_of_ceiling", "peak_gib", "loss"}
 
 

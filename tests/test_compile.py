@@ -148,7 +148,6 @@ def assert_trains_alike(compiled, plain, exact=None, tolerance=1e-4, without=())
 
 # Micro-steps per step, what is on, and the compiler's backend.
 ON_CPU = [
-    (3, {}, PARTITIONED),
     (1, CHECKPOINTING, PARTITIONED),
     (3, {}, "inductor"),
     (3, CHECKPOINTING | BF16, "inductor"),

@@ -96,9 +96,9 @@ def test_only_a_second_ctrl_c_ends_the_process_at_once(signals, status):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("redirection", [">&- 2>&-", "> >(head -c 9) 2>&1"], ids=["closed", "reader gone"])
-def test_a_closed_terminal_does_not_cost_a_checkpoint(train_fresh, redirection):
-    wrapper = ("bash", "-c", f'exec "$@" {redirection}', "bash")
+def test_a_closed_terminal_does_not_cost_a_checkpoint(train_fresh):
+    """Standard output is closed, and the reader of standard error is gone."""
+    wrapper = ("bash", "-c", 'exec "$@" 2> >(head -c 9) >&-', "bash")
     run = train_fresh(wrapper=wrapper, wait=False, **SHORT | {"max_train_steps": 5000})
     losses = run.folder / "loss.jsonl"
     while not (losses.exists() and losses.read_text().count("\n") > 2):
@@ -233,14 +233,12 @@ MESSAGE = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 Gi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_error_in_the_training_loop_ends_all_processes_and_their_workers(train_fresh, ranks):
-    launcher, env = LAUNCHER if ranks > 1 else (), {"ACCELERATE_USE_CPU": "true"}
-    run = train_fresh(launcher=launcher, env=env, patch=OUT_OF_MEMORY, wait=False, **READERS)
+def test_an_error_in_the_training_loop_ends_all_processes_and_their_workers(train_fresh):
+    env = {"ACCELERATE_USE_CPU": "true"}
+    run = train_fresh(launcher=LAUNCHER, env=env, patch=OUT_OF_MEMORY, wait=False, **READERS)
     while "OutOfMemoryError" not in run.output and run.process.poll() is None:
         time.sleep(0.1)
-    assert run.finish(60).returncode == 1, run
-    assert MESSAGE in run.output if ranks > 1 else run.output.strip().splitlines()[-1] == MESSAGE, run
+    assert run.finish(60).returncode == 1 and MESSAGE in run.output, run
 
 
 @pytest.mark.parametrize(

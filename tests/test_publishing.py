@@ -2,7 +2,6 @@
 """The result of a run: its folder, the model card, and the upload to the Hub, which is the server in
 hub_server.py. Two runs are pushed, and most tests look at one of them."""
 
-import functools
 import json
 import os
 import re
@@ -483,40 +482,55 @@ def test_each_version_of_diffusers_trains_alike_and_loads_what_the_other_saves(
 
 # The Hub's client waits longer before each retry.
 SHORT_SLEEP = "import time\ntime.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.1))"
+TRY_TWICE_BEFORE = """
+import sys
+argv = sys.argv[1:]
+for _ in range(2):
+    try:
+        script.main(argv)
+    except SystemExit as end:
+        print(end)
+sys.argv[1:] = argv  # without the token's mask
+"""
 
 
 @pytest.mark.slow
 def test_a_push_that_fails_is_an_error_and_the_command_pushes_later(train_fresh, models, images, tmp_path):
-    """After training the Hub answers 503, or the connection is cut, or the token is not known any more."""
+    """After training the Hub answers 503, or the token is not known any more, or the connection is cut: three
+    runs in one process. The fourth pushes what they have written."""
     flags = QUICK | {"validation_prompts": PROMPTS, "output_dir": tmp_path / "out", "hub_token": TOKEN}
-    flags |= {"report_to": "tensorboard,wandb", "resume_from_checkpoint": "latest"}
-    with HubServer(tmp_path / "hub", tokens=dict(TOKENS)) as hub:
+    flags |= {"report_to": "tensorboard,wandb"}
+    expected = EXPECTED_FILES | {f"samples/step-0000002-prompt-{index}.png" for index in (0, 1)}
+    faults = []
+    with HubServer(tmp_path / "hub") as hub:
 
-        def fail(fault, method, path):
+        def fail(method, path):
+            if path == "/api/repos/create":  # a run starts
+                faults.append(["503", "401", "cut", "none"][len(faults)])
+                hub.tokens = dict(TOKENS)
+                (tmp_path / "out" / "README.md").unlink(missing_ok=True)
             if not (tmp_path / "out" / "README.md").exists():
                 return None
-            if fault == "revoked":
+            if faults[-1] == "401":
                 hub.tokens.pop(TOKEN, None)
-            return {"commit": "/commit/" in path and 503, "cut": method == "PUT" and CUT}.get(fault)
+            return {"503": "/commit/" in path and 503, "cut": method == "PUT" and CUT}.get(faults[-1])
 
-        expected = EXPECTED_FILES | {f"samples/step-0000002-prompt-{index}.png" for index in (0, 1)}
-        for fault, reason in (("commit", "503"), ("cut", ""), ("revoked", "401")):
-            (tmp_path / "out" / "README.md").unlink(missing_ok=True)
-            hub.fail = functools.partial(fail, fault)
-            run = train_fresh(env=hub.env(), patch=SHORT_SLEEP, **flags)
-            assert run.returncode == 1 and "Traceback" not in run.output and TOKEN not in run.output, run
-            assert re.search(f"\n--push_to_hub=True: .*{reason}", run.output), run
-            assert "to publish: the same command with --resume_from_checkpoint=latest" in run.output
-            repo = hub.repos["tester/out"]
-            assert repo.files == {} and set(read_folder(run.folder)) >= expected
-            if fault == "commit":
-                assert list(run.logged("train_loss")) == [1, 2], "the trackers are complete"
-                assert list(run.logged("validation/1")) == [0, 2]
-            files = [path for folder in (run.folder, run.place) for path in folder.rglob("*")]
-            assert not any(TOKEN.encode() in path.read_bytes() for path in files if path.is_file())
+        hub.fail = fail
+        patch = SHORT_SLEEP + TRY_TWICE_BEFORE
+        run = train_fresh(env=hub.env(), patch=patch, overwrite_output_dir=True, **flags)
+        assert faults == ["503", "401", "cut"] and run.returncode == 1, run
+        assert "Traceback" not in run.output and TOKEN not in run.output, run
+        reasons = re.findall("^--push_to_hub=True: (.*)", run.output, re.MULTILINE)
+        assert len(reasons) == 3 and "503" in reasons[0] and "401" in reasons[1], run
+        assert run.output.count("to publish: the same command with --resume_from_checkpoint=latest") == 3
+        repo = hub.repos["tester/out"]
+        assert repo.files == {} and set(read_folder(run.folder)) >= expected
+        assert list(run.logged("train_loss")) == [1, 2], "the trackers are complete"
+        assert list(run.logged("validation/1")) == [0, 2]
+        files = [path for folder in (run.folder, run.place) for path in folder.rglob("*")]
+        assert not any(TOKEN.encode() in path.read_bytes() for path in files if path.is_file())
 
-        hub.fail, hub.tokens = lambda method, path: None, TOKENS
-        train_fresh(env=hub.env(), **flags).ok()
+        train_fresh(env=hub.env(), resume_from_checkpoint="latest", **flags).ok()
         assert set(repo.files) == expected
         assert {name: (run.folder / name).read_bytes() for name in repo.files} == repo.files
         assert same_weights(load(repo.files["prior_prior/diffusion_pytorch_model.safetensors"]), run.prior(2))

@@ -633,13 +633,6 @@ def derive_seed(*key) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def seed_generators(seed: int):
-    """Seeds the default generators of Python, numpy and torch, on all devices."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def sample_noise(
     positions: list[int], shape: Sequence[int], device: torch.device, *key
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -971,7 +964,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                     noise, u = sample_noise(batch["position"], latents.shape[1:], device, args.seed, "noise")
                     timesteps = sample_timesteps(u, args.timestep_sampling)
                     # Add the noise, predict the noise residual and compute the loss (dropout is seeded)
-                    seed_generators(derive_seed(args.seed, "dropout", batch["position"][0]))
+                    torch.manual_seed(derive_seed(args.seed, "dropout", batch["position"][0]))
                     inputs = (prior, noise_scheduler, latents, embeds, noise, timesteps)
                     loss = diffusion_loss(*inputs, args.loss_weighting).mean()
                     accelerator.backward(loss)
@@ -1316,8 +1309,11 @@ class SampleDataset(Dataset):
 
     def __getitem__(self, sample: tuple[int, int]) -> dict:
         position, row = sample
-        seed_generators(derive_seed(self.args.seed, "sample", position))
-        skipped = []
+        seed, skipped = derive_seed(self.args.seed, "sample", position), []
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        # The CPU's alone: torch.manual_seed takes a millisecond where CUDA is not initialized, as in workers.
+        torch.default_generator.manual_seed(seed)
         for _ in range(MAX_BAD_ROWS):
             try:
                 tensors = self.preprocess(self.dataset[row], tuple(self.sizes[row].tolist()))

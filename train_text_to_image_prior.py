@@ -882,7 +882,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
         args.max_train_steps = math.ceil(args.num_train_epochs * num_rows / samples_per_step)
     plan = {"seed": args.seed, "num_rows": num_rows, "rows_hash": rows_hash, "optimizer": args.optimizer}
     plan["samples_per_step"] = samples_per_step
-    plan["buckets"] = args.aspect_ratio_buckets and [args.resolution, args.train_batch_size]
+    plan["buckets"] = args.aspect_ratio_buckets and [args.train_batch_size, np.unique(sizes, axis=0).tolist()]
     check_same_run(args, plan, state, checkpoint)
     state["plan"] = plan
 
@@ -1465,7 +1465,7 @@ def cache_latents(
                 latents = embed_images(batch["effnet_pixel_values"], image_encoder).cpu()
                 texts = list(itertools.chain.from_iterable(batch["captions"]))
                 embeds = embed_captions(tokenize_captions(texts, tokenizer), text_encoder).cpu()
-                embeds = embeds.split([len(captions) for captions in batch["captions"]])
+                embeds = embeds.split(list(map(len, batch["captions"])))
                 for row, row_latents, row_embeds in zip(batch["row"], latents, embeds, strict=True):
                     file = cache_file(folder, row)
                     # A row in place of an unreadable one may be there already.
@@ -1871,10 +1871,11 @@ def truncate_logs(args: argparse.Namespace, state: dict):
     with only_warn("Truncating loss.jsonl"):
         output_dir, trained = args.output_dir, state["global_step"]
         validated = min(state["validated_step"], args.max_train_steps - 1)  # the end is always validated
-        rows = read_metrics(output_dir, "step")
-        rows = [row for row in rows if row["step"] <= (trained if "train_loss" in row else validated)]
         partial = output_dir / ".loss.jsonl"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with open(partial, "w") as file:
+            for row in read_metrics(output_dir, "step"):
+                if row["step"] <= (trained if "train_loss" in row else validated):
+                    file.write(json.dumps(row) + "\n")
         partial.replace(output_dir / "loss.jsonl")
         for file in output_dir.glob("samples/step-*-prompt-*.png"):
             if int(file.name.split("-")[1]) > validated:
@@ -1938,7 +1939,7 @@ def save_contact_sheet(args: argparse.Namespace):
         label = textwrap.fill(prompt, 24, max_lines=3, placeholder=" ...")
         ImageDraw.Draw(cell).text((4, 4), f"step {step}\n{label}", "black", font)
         cells.append(cell)
-    make_image_grid(cells, rows=len(rows), cols=len(steps)).save(samples / "contact-sheet.png")
+    make_image_grid(cells, len(rows), len(steps)).save(samples / "contact-sheet.png")
 
 
 def save_loss_curve(output_dir: Path):

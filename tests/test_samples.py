@@ -335,6 +335,18 @@ def test_a_run_trains_and_validates_on_all_sizes(train_shapes, shapes):
     assert list(run.losses("val_loss")) == [0, 3, 6, 9, 10]
 
 
+def use_two_sizes():
+    script.bucket_sizes = lambda resolution: np.array([[128, 96], [96, 128]])
+
+
+def test_two_sizes_of_ones_own_are_trained_on_and_others_refused_on_resuming(train_shapes, tmp_path):
+    run = train_shapes(use_two_sizes, max_train_steps=4, checkpointing_steps=4, record=True).ok()
+    assert {step["pixels"].shape for step in run.record["steps"]} == {(2, 3, 128, 96), (2, 3, 96, 128)}
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    error = train_shapes(output_dir=folder, resume_from_checkpoint="latest").error()
+    assert "cannot be resumed exactly: its run had buckets=[2, [[96, 128], [128, 96]]], not " in error
+
+
 @pytest.mark.slow
 def test_held_out_loss_is_that_of_each_row_by_itself(train_shapes):
     """With batches of one: the same rows, noise and timesteps."""

@@ -1312,7 +1312,7 @@ class SampleDataset(Dataset):
         seed, skipped = derive_seed(self.args.seed, "sample", position), []
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        # The CPU's alone: torch.manual_seed takes a millisecond where CUDA is not initialized, as in workers.
+        # Only the CPU's generator, since torch.manual_seed takes 1 ms where CUDA is not initialized.
         torch.default_generator.manual_seed(seed)
         for _ in range(MAX_BAD_ROWS):
             try:
@@ -1455,10 +1455,9 @@ def cache_latents(
         folder.mkdir(parents=True, exist_ok=True)
         for index, count in dict.fromkeys([share, local_share]):  # the latter if nodes share no folder
             # A power failure can empty files.
-            done = {entry.name for entry in os.scandir(folder) if entry.stat().st_size}
-            missing = [
-                row for row in range(index, len(dataset), count) if cache_file(folder, row).name not in done
-            ]
+            done = {file for file in folder.glob("*.safetensors") if file.stat().st_size}
+            rows = range(index, len(dataset), count)
+            missing = [row for row in rows if cache_file(folder, row) not in done]
             groups = group_by_size(missing, sizes, CACHE_BATCH_SIZE)
             batches = load(np.arange(len(dataset)), groups, train=False)
             for batch in tqdm(batches, f"Encoding {len(missing)} rows", len(groups)):

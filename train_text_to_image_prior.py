@@ -221,7 +221,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     alias = {"action": "store_const", "const": "adamw8bit", "help": "an alias of --optimizer=adamw8bit"}
     group.add_argument("--use_8bit_adam", dest="optimizer", **alias)
     flag("--learning_rate", "peak learning rate", 1e-4, non_negative)
-    # Sorted, "constant" comes first.
+    # The default is the first: sorted, "constant".
     choice("--lr_scheduler", sorted(schedule.value for schedule in SchedulerType), "schedule")
     flag("--lr_warmup_steps", "warm-up steps of the schedule", 500, natural)
     flag("--lr_step_rules", "rules for piecewise_constant, multiplier:until_step, 1:100,0.1:200,0.01")
@@ -232,7 +232,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--max_grad_norm", "gradients are clipped to this norm", 1.0, bounded(float, 1e-8))
 
     group = parser.add_argument_group("output")
-    flag("--output_dir", "folder for everything that is written", "wuerstchen-model-finetuned")
+    flag("--output_dir", "folder for checkpoints, logs, samples and the result", "wuerstchen-model-finetuned")
     switch("--overwrite_output_dir", "replace another run's files in --output_dir")
     flag("--checkpointing_steps", "steps between checkpoints", 500, positive_int)
     flag("--checkpoints_total_limit", "number of checkpoints to keep, or all", None, positive_int)
@@ -506,8 +506,12 @@ def load_prior(
     image_encoder: EfficientNetEncoder,
 ) -> wuerstchen.WuerstchenPrior:
     """The prior in float32, pretrained or as `save_prior` wrote it to the checkpoint. Freeze parameters or
-    add LoRA at the end; `save_prior` must then write what this function and the pipelines can load. The
-    average (EMA) does not pass through it: refuse --use_ema with LoRA."""
+    add LoRA at the end.
+
+    With LoRA, load the pretrained prior also on resuming, and then the checkpoint's adapter; `save_prior`
+    must write the adapter, and the weights with the adapter merged for the pipelines; and --use_ema must be
+    refused, since `load_ema` does not call this function. Nothing else changes: the README has the diff.
+    """
     prior = load_model(
         args, PRIOR_FLAG, wuerstchen.WuerstchenPrior, "prior", checkpoint, torch_dtype=torch.float32
     )
@@ -993,7 +997,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
                 delete(stale_checkpoints.pop())
             progress.set_postfix(metrics, refresh=False)
             progress.update()
-    # Too late for the last step, a signal ends its rank alone. Resuming writes the result.
+    # A signal after the ranks' last agreement ends its rank alone, and the launcher then ends the others.
     if stop or signals:
         if saved:
             logger.info("Stopped; the same command with --resume_from_checkpoint=latest continues")
@@ -1251,8 +1255,8 @@ def order_rows(rows: np.ndarray, sizes: np.ndarray, args: argparse.Namespace) ->
     """Yields the rows of one epoch after another, endlessly, as follows from the seed.
 
     A bucket is the rows of one size, and a micro-batch is of one bucket. In each epoch a bucket's rows, in
-    random order, fill batches, which are mixed with the batches of other buckets. Leftover rows carry over to
-    the next epoch, so that each row is used once an epoch and no batch is smaller.
+    random order, fill batches, which are mixed with the batches of other buckets. Leftover rows are used in
+    the next epoch, so that no row is left out and no batch is smaller.
     """
     # Without --aspect_ratio_buckets all sizes must be the same. A batch here is one row, so that a resumed
     # run may use another batch size.
@@ -1328,9 +1332,9 @@ class SampleDataset(Dataset):
 
 
 def collate_fn(samples: list[dict]) -> dict:
-    """Stacks the tensors of samples; other values are lists. An error in one of them is the batch's.
+    """Stacks the tensors of samples; other values are lists. A sample with an error is returned alone.
 
-    In a worker, `default_collate` allocates shared memory at once, so that `load_batches` gets its error.
+    In a worker, `default_collate` allocates the shared memory, so that `load_batches` gets its error.
     """
     for sample in samples:
         if "error" in sample:
@@ -1414,7 +1418,7 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
             sample = preprocess_row(dataset[row], sizes[row].tolist(), False, args)
             tokens = tokenize_captions(sample["captions"], tokenizer)
             tensors += [sample["effnet_pixel_values"], *tokens.values()]
-    # As arrays, since a tensor takes 4 ms. The text of a model names its activations and strides.
+    # Arrays, since hashing a tensor takes 4 ms. A model's text names its activations and strides.
     hashes = [Hasher.hash(tensor.cpu().float().numpy()) for tensor in tensors]
     return Hasher.hash(
         repr([rows_hash, dataset._fingerprint, sizes.tolist(), sources, encoders, encoders[0].dtype, hashes])
@@ -1467,7 +1471,7 @@ def cache_latents(
                 embeds = embeds.split(list(map(len, batch["captions"])))
                 for row, row_latents, row_embeds in zip(batch["row"], latents, embeds, strict=True):
                     file = cache_file(folder, row)
-                    # A row in place of an unreadable one may be there already.
+                    # The file of a row that stands in for an unreadable one may exist already.
                     if not file.exists() or not file.stat().st_size:
                         tensors = {"latents": row_latents, "prompt_embeds": row_embeds}
                         partial = file.with_suffix(f".{secrets.token_hex(4)}")  # of this process alone
@@ -1551,8 +1555,9 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 
 
 def check_output_dir(args: argparse.Namespace, checkpoint: Path | None) -> list[Path]:
-    """Refuses to replace files of another run. A new run refuses any file; with `latest` and no checkpoint,
-    checkpoints and results; a resumed run, newer checkpoints. Returns the checkpoints to delete."""
+    """Refuses to replace files of another run: a new run any file, a run with `latest` that finds no
+    checkpoint only checkpoints and results, and a resumed run only checkpoints newer than its own. Returns
+    the checkpoints to delete."""
     stale = list_checkpoints(args.output_dir)
     names = {path.name for path in args.output_dir.glob("[!.]*")}
     if args.resume_from_checkpoint == "latest":
@@ -1749,14 +1754,15 @@ def deferred_signals(received: list[int]) -> Iterator[None]:
 
     A signal on any rank takes effect on all after the next step, in which they agree to stop: a save or a
     validation is finished first. A checkpoint is saved, but no result: resuming writes it, also after the
-    last step. Before and after the loop a signal ends the process, and the launcher ends the other ranks.
+    last step. This must fit in the time until the launcher or the scheduler kills the ranks (torchrun: 30 s).
+    Before and after the loop a signal ends the process, and the launcher ends the other ranks.
     """
 
     def handler(number: int, frame):
         if number == signal.SIGINT and received:
             os._exit(128 + number)
         received.append(number)
-        print("\nStopping after the next step, with a checkpoint; a second Ctrl-C stops at once.")
+        print("\nStopping after the next step, with a checkpoint; Ctrl-C from now on stops at once.")
 
     previous = {}
     with contextlib.suppress(ValueError):  # not in the main thread

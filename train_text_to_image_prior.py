@@ -37,8 +37,8 @@ Where to edit: the loss in `diffusion_loss`, augmentation in `make_augmentations
 LoRA in `load_prior` and `save_prior`, trackers in `log_images_to_tracker`.
 
 Sizes: an image of --resolution=768 pixels becomes 24 x 24 latents, since the image encoder's stride is 32.
-The decoder turns 24 x 24 latents into 1024 pixels, 42.67 times as many: it was trained on latents of
-downscaled images. The 42.0 in LATENT_MEAN is unrelated: it scales the values of the latents.
+The decoder turns 24 x 24 latents into 1024 x 1024 pixels, 42.67 per latent along each side: it was trained
+on latents of downscaled images. The 42.0 in LATENT_MEAN is unrelated: it scales the values of the latents.
 """
 
 import argparse
@@ -222,7 +222,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--use_8bit_adam", dest="optimizer", **alias)
     flag("--learning_rate", "peak learning rate", 1e-4, non_negative)
     # The default is the first: sorted, "constant".
-    choice("--lr_scheduler", sorted(schedule.value for schedule in SchedulerType), "schedule")
+    choice("--lr_scheduler", sorted(schedule.value for schedule in SchedulerType), "learning rate schedule")
     flag("--lr_warmup_steps", "warm-up steps of the schedule", 500, natural)
     flag("--lr_step_rules", "rules for piecewise_constant, multiplier:until_step, 1:100,0.1:200,0.01")
     flag("--adam_beta1", "AdamW's decay of the average of gradients", 0.9, fraction)
@@ -311,7 +311,7 @@ def check_rows(
 ) -> tuple[datasets.Dataset, list[str], str]:
     """Ends the run if images are missing or captions are not text or, with --skip_bad_rows, leaves out such
     rows. Images are not decoded. Returns the rows, all their captions, and a hash of the captions and of the
-    images' names and sizes, with which a run can be resumed."""
+    images' names and sizes in bytes, with which a run can be resumed."""
     # An image file lies in one of these folders: neither /etc/passwd nor a URL does.
     places = [args.dataset_name or args.train_data_dir, args.cache_dir]
     places = filter(None, [*places, datasets.config.HF_DATASETS_CACHE, hub.constants.HF_HUB_CACHE])
@@ -385,10 +385,10 @@ def load_image(value: dict) -> Image.Image:
 def make_augmentations(args: argparse.Namespace, size: tuple[int, int]) -> list[Callable]:
     """The random transforms of training images, from PIL image to PIL image. Add yours here.
 
-    Their input covers `size`, (height, width): a square of side --resolution, or the bucket's size. The
-    center is cropped to it afterwards. They may use the default generators of torch, Python and numpy,
-    which are seeded for each sample. Held-out rows are not augmented, and --cache_latents is rejected if
-    there is any augmentation.
+    Their input is at least as large as `size`, (height, width): the square of --resolution, or the bucket's
+    size. Its center is cropped to `size` afterwards. They may use the default generators of torch, Python and
+    numpy, which are seeded for each sample. Held-out rows are not augmented, and --cache_latents is rejected
+    if there is any augmentation.
     """
     augmentations = []
     if args.random_crop:
@@ -401,7 +401,8 @@ def make_augmentations(args: argparse.Namespace, size: tuple[int, int]) -> list[
 def make_image_transforms(
     size: tuple[int, int], augmentations: Sequence[Callable] = ()
 ) -> transforms.Compose:
-    """Resizes a PIL image to cover `size`, (height, width), and crops it: (3, height, width) uint8."""
+    """Resizes a PIL image to cover `size`, (height, width), and crops it: (3, height, width) uint8.
+    `load_image` has cropped images longer than 8:1 before."""
     height, width = size
 
     def resize_to_cover(image: Image.Image) -> Image.Image:
@@ -418,7 +419,8 @@ def make_image_transforms(
 
 def list_captions(row: dict, args: argparse.Namespace) -> list[str]:
     """A row's captions, a string or a list of strings, as a list. Change their text here: the result is
-    trained on, cached and compared on resuming. Validation prompts are not changed.
+    trained on, cached and compared on resuming. Validation prompts are not changed. A row has only the
+    columns that `load_train_dataset` selects.
 
     Raises:
         ValueError: if they are neither.
@@ -695,7 +697,7 @@ def diffusion_loss(
 def check_finite(accelerator: Accelerator, loss: float, grad_norm: float, step: int, rows: list[int]):
     """Ends the run before a loss or gradient that is not finite reaches the weights.
 
-    In fp16 an overflow skips the step and halves the loss scale; the run ends when that is too small.
+    In fp16 an overflow skips the step and halves the loss scale; the run ends below MIN_LOSS_SCALE.
     """
     if accelerator.scaler is None:
         diverged = not math.isfinite(loss + grad_norm)
@@ -819,7 +821,7 @@ def generate_images(
                 images.append(generate_image(prompt, resolutions))
     decoder.to("cpu")
     torch.cuda.empty_cache()
-    images = gather_object(images)[: len(wanted)]
+    images = gather_object(images)
     return images if len(images) == len(wanted) else []
 
 
@@ -872,7 +874,7 @@ def main(argv: list[str] | None = None):  # noqa: C901  the training loop is not
 
     # The data: rows of images and captions, the size of each row's pixels, and the plan, with which a resumed
     # run continues with the same samples.
-    load_model(args, PRIOR_FLAG, CLIPTextConfig, "text_encoder")  # transformers 4 reports errors only of it
+    load_model(args, PRIOR_FLAG, CLIPTextConfig, "text_encoder")  # transformers 4 reports errors only here
     tokenizer = load_model(args, PRIOR_FLAG, CLIPTokenizerFast, "tokenizer")
     dataset, captions, rows_hash = check_rows(load_train_dataset(args), args)
     prompts = ["", *(args.validation_prompts or [])]
@@ -1208,7 +1210,7 @@ BATCH_TIMEOUT = 10  # seconds without a batch, after which slow storage is repor
 def bucket_sizes(resolution: int) -> np.ndarray:
     """The sizes of --aspect_ratio_buckets, (height, width) in pixels, (num_sizes, 2): of all ASPECT_RATIOS,
     multiples of 32 with about as many latents as the square of `resolution`. At 768 that is 567 to 588.
-    Return sizes of your own here, also multiples of 32."""
+    Return sizes of your own here, also multiples of 32. `choose_sizes` chooses among them by shape alone."""
     roots = np.sqrt([ratio**sign for ratio in ASPECT_RATIOS for sign in (1, -1)])
     sides = math.ceil(resolution / STRIDE) * np.stack([1 / roots, roots], axis=1)
     return STRIDE * np.unique(sides.round().clip(1).astype(int), axis=0)
@@ -1385,7 +1387,7 @@ def load_batches(
                 continue
             kill_workers()  # or PyTorch would wait 5 seconds for each
             if has_timed_out:
-                logger.error("Stopped without a checkpoint, since no batch came")
+                logger.error("Stopped without a checkpoint, since no batch came", main_process_only=False)
                 raise SystemExit(128 + signals[-1]) from None
             if iterator is None or "DataLoader worker (pid" in reason or "shared memory" in reason:
                 raise SystemExit(
@@ -1418,7 +1420,7 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
             sample = preprocess_row(dataset[row], sizes[row].tolist(), False, args)
             tokens = tokenize_captions(sample["captions"], tokenizer)
             tensors += [sample["effnet_pixel_values"], *tokens.values()]
-    # Arrays, since hashing a tensor takes 4 ms. A model's text names its activations and strides.
+    # Arrays, since hashing a tensor takes 4 ms. A model's `repr` has its activations and strides.
     hashes = [Hasher.hash(tensor.cpu().float().numpy()) for tensor in tensors]
     return Hasher.hash(
         repr([rows_hash, dataset._fingerprint, sizes.tolist(), sources, encoders, encoders[0].dtype, hashes])

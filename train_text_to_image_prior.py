@@ -1052,14 +1052,13 @@ def load_folder(source: str, args: argparse.Namespace) -> datasets.Dataset:
     rows = read_image_folder(root, files, args.caption_column)
     if not rows:
         return load_data_files(root, files, args)
-    return datasets.Dataset.from_dict(
-        {
-            "image": [{"path": path} for path, _ in rows],
-            args.caption_column: [captions for _, captions in rows],
-            # Changes the fingerprint: an edited file is encoded again.
-            "modified": [os.path.getmtime(path) if os.path.exists(path) else None for path, _ in rows],
-        }
-    )
+    columns = {
+        "image": [{"path": path} for path, _ in rows],
+        args.caption_column: [captions for _, captions in rows],
+        # Changes the fingerprint: an edited file is encoded again.
+        "modified": [os.path.getmtime(path) if os.path.exists(path) else None for path, _ in rows],
+    }
+    return datasets.Dataset.from_dict(columns)
 
 
 def list_files(folder: str, parents: tuple[str, ...] = ()) -> list[str]:
@@ -1315,11 +1314,12 @@ class SampleDataset(Dataset):
 
     def __getitem__(self, sample: tuple[int, int]) -> dict:
         position, row = sample
-        seed, skipped = derive_seed(self.args.seed, "sample", position), []
+        seed = derive_seed(self.args.seed, "sample", position)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         # Only the CPU's generator, since torch.manual_seed takes 1 ms where CUDA is not initialized.
         torch.default_generator.manual_seed(seed)
+        skipped = []
         for _ in range(MAX_BAD_ROWS):
             try:
                 tensors = self.preprocess(self.dataset[row], tuple(self.sizes[row].tolist()))
@@ -1433,6 +1433,12 @@ def cache_file(folder: Path, row: int) -> Path:
     return folder / f"{row}.safetensors"
 
 
+def is_cached(folder: Path, row: int) -> bool:
+    """Whether a row has a `cache_file`. A power failure can empty files: those do not count."""
+    file = cache_file(folder, row)
+    return file.exists() and file.stat().st_size > 0
+
+
 def preprocess_row(row: dict, size: tuple[int, int], train: bool, args: argparse.Namespace) -> dict:
     """A row as pixels, (3, height, width) uint8, and all its captions."""
     pixels = make_image_transforms(size)(load_image(row[args.image_column]))
@@ -1460,21 +1466,17 @@ def cache_latents(
     with explain_errors(args, "cache_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         for index, count in dict.fromkeys([share, local_share]):  # the latter if nodes share no folder
-            # A power failure can empty files.
-            done = {file for file in folder.glob("*.safetensors") if file.stat().st_size}
-            rows = range(index, len(dataset), count)
-            missing = [row for row in rows if cache_file(folder, row) not in done]
+            missing = [row for row in range(index, len(dataset), count) if not is_cached(folder, row)]
             groups = group_by_size(missing, sizes, CACHE_BATCH_SIZE)
             batches = load(np.arange(len(dataset)), groups, train=False)
             for batch in tqdm(batches, f"Encoding {len(missing)} rows", len(groups)):
                 latents = embed_images(batch["effnet_pixel_values"], image_encoder).cpu()
                 texts = list(itertools.chain.from_iterable(batch["captions"]))
                 embeds = embed_captions(tokenize_captions(texts, tokenizer), text_encoder).cpu()
-                embeds = embeds.split(list(map(len, batch["captions"])))
+                embeds = embeds.split([len(captions) for captions in batch["captions"]])
                 for row, row_latents, row_embeds in zip(batch["row"], latents, embeds, strict=True):
-                    file = cache_file(folder, row)
-                    # The file of a row that stands in for an unreadable one may exist already.
-                    if not file.exists() or not file.stat().st_size:
+                    if not is_cached(folder, row):  # a row that stands in for an unreadable one may be
+                        file = cache_file(folder, row)
                         tensors = {"latents": row_latents, "prompt_embeds": row_embeds}
                         partial = file.with_suffix(f".{secrets.token_hex(4)}")  # of this process alone
                         partial.write_bytes(safetensors.torch.save(tensors))
@@ -1946,7 +1948,7 @@ def save_contact_sheet(args: argparse.Namespace):
         label = textwrap.fill(prompt, 24, max_lines=3, placeholder=" ...")
         ImageDraw.Draw(cell).text((4, 4), f"step {step}\n{label}", "black", font)
         cells.append(cell)
-    make_image_grid(cells, len(rows), len(steps)).save(samples / "contact-sheet.png")
+    make_image_grid(cells, rows=len(rows), cols=len(steps)).save(samples / "contact-sheet.png")
 
 
 def save_loss_curve(output_dir: Path):

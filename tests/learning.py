@@ -55,18 +55,11 @@ def load_rows(argv):
     """What is trained on, at the square of --resolution: captions and latents (N, 16, side, side)."""
     args = script.parse_args(argv)
     rows = script.load_train_dataset(args)
-    images = [script.load_image(row[args.image_column]) for row in rows]
     captions = [script.list_captions(row, args)[0] for row in rows]
-    return captions, encode_images(images, (args.resolution, args.resolution), args)
-
-
-@torch.no_grad()
-def encode_images(images, size, args):
-    """The latents of images at a size, (height, width): (N, 16, height / 32, width / 32)."""
     encoder = script.EfficientNetEncoder.load(args.pretrained_image_encoder_name_or_path)
-    image_transforms = script.make_image_transforms(size)
-    pixels = torch.stack([image_transforms(image) for image in images])
-    return torch.cat([script.embed_images(batch, encoder) for batch in pixels.split(64)])
+    image_transforms = script.make_image_transforms((args.resolution, args.resolution))
+    pixels = torch.stack([image_transforms(script.load_image(row[args.image_column])) for row in rows])
+    return captions, torch.cat([script.embed_images(batch, encoder) for batch in pixels.split(64)])
 
 
 @torch.no_grad()

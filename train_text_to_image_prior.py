@@ -1389,7 +1389,8 @@ def load_batches(
             if has_timed_out:
                 logger.error("Stopped without a checkpoint, since no batch came", main_process_only=False)
                 raise SystemExit(128 + signals[-1]) from None
-            if iterator is None or "DataLoader worker (pid" in reason or "shared memory" in reason:
+            # "</torch_" begins the name of a file in /dev/shm
+            if iterator is None or "DataLoader worker (pid" in reason or "</torch_" in reason:
                 raise SystemExit(
                     f"--dataloader_num_workers={num_workers}: {printable(reason)}; each worker needs memory "
                     "and /dev/shm (docker run --shm-size=1g): use fewer, or a smaller --train_batch_size"

@@ -36,6 +36,9 @@ Where to edit: the loss in `diffusion_loss`, augmentation in `make_augmentations
 `load_folder`, the optimizer in `make_optimizer`, its schedule in `make_lr_scheduler`, trainable parameters or
 LoRA in `load_prior` and `save_prior`, trackers in `log_images_to_tracker`.
 
+Where to look: what a stop signal does at each moment in `deferred_signals`, what a checkpoint holds in
+`save_checkpoint`, what makes the cache anew in `cache_key`, what is uploaded in `push_to_hub`.
+
 Sizes: an image of --resolution=768 pixels becomes 24 x 24 latents, since the image encoder's stride is 32.
 The decoder turns 24 x 24 latents into 1024 x 1024 pixels, 42.67 per latent along each side: it was trained
 on latents of downscaled images. The 42.0 in LATENT_MEAN is unrelated: it scales the values of the latents.
@@ -510,9 +513,10 @@ def load_prior(
     """The prior in float32, pretrained or as `save_prior` wrote it to the checkpoint. Freeze parameters or
     add LoRA at the end.
 
-    With LoRA, load the pretrained prior also on resuming, and then the checkpoint's adapter; `save_prior`
-    must write the adapter, and the weights with the adapter merged for the pipelines; and --use_ema must be
-    refused, since `load_ema` does not call this function. Nothing else changes: the README has the diff.
+    With LoRA, load the pretrained prior also on resuming, and then the checkpoint's adapter. `save_prior`,
+    for checkpoints and the result, must write the adapter and, for the pipelines, a copy of the prior with
+    the adapter merged. --use_ema must be refused, since `load_ema` does not call this function. Nothing else
+    changes: the README has the diff.
     """
     prior = load_model(
         args, PRIOR_FLAG, wuerstchen.WuerstchenPrior, "prior", checkpoint, torch_dtype=torch.float32
@@ -590,7 +594,8 @@ def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace) -> torch.op
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, first_step: int):
     """The schedule, which multiplies each parameter group's learning rate by a factor that depends on the
-    step, from `first_step` on. A new one also needs a name among the choices of --lr_scheduler."""
+    step, from `first_step` on. A new one depends on the step alone, and needs a name in --lr_scheduler's
+    choices, of which the first is the default."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     # Skipped fp16 steps still advance the schedule. PyTorch warns if the first one is skipped.
@@ -706,7 +711,7 @@ def check_finite(accelerator: Accelerator, loss: float, grad_norm: float, step: 
     if diverged:
         raise SystemExit(
             f"stopped before step {step}: loss {loss}, gradient norm {grad_norm}, rows {rows}; "
-            f"the last checkpoint in {accelerator.project_dir} is good"
+            f"the checkpoints in {accelerator.project_dir} are good"
         )
 
 
@@ -1411,9 +1416,10 @@ CACHE_BATCH_SIZE = 32  # rows that are encoded at once
 
 
 def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenizer, *encoders) -> str:
-    """A hash of what the cache depends on: captions, files (by the fingerprint of `datasets`), sizes, the
-    encoders' dtype and weights, tokens and pixels of 8 rows as preprocessed now, and the source of
-    `embed_captions`, `embed_images` and `normalize_pixels`."""
+    """A hash of what the cache depends on: the rows in use, with captions, files (by the fingerprint of
+    `datasets`) and sizes in pixels; the encoders' dtype and weights; tokens and pixels of 8 rows as
+    preprocessed now; and the source of `embed_captions`, `embed_images` and `normalize_pixels`. After an edit
+    that these do not show, for example of the image encoder's code, delete the cache."""
     sources = [inspect.getsource(function) for function in (embed_captions, embed_images, normalize_pixels)]
     tensors = [tensor for encoder in encoders for tensor in encoder.state_dict().values()]
     for row in np.linspace(0, len(dataset) - 1, 8).astype(int).tolist():
@@ -1749,6 +1755,8 @@ class LossyStream(io.TextIOBase):
 def end_training(accelerator: Accelerator):
     """Waits for all ranks, then closes trackers and process group."""
     accelerator.wait_for_everyone()
+    # gloo's threads need the GIL to end their work, and PyTorch 2.6 holds it while it waits for them.
+    time.sleep(0.1)
     with only_warn("Closing the trackers"):
         accelerator.end_training()
 
@@ -1760,7 +1768,8 @@ def deferred_signals(received: list[int]) -> Iterator[None]:
     A signal on any rank takes effect on all after the next step, in which they agree to stop: a save or a
     validation is finished first. A checkpoint is saved, but no result: resuming writes it, also after the
     last step. This must fit in the time until the launcher or the scheduler kills the ranks (torchrun: 30 s).
-    Before and after the loop a signal ends the process, and the launcher ends the other ranks.
+    A rank that waits for storage stops without a checkpoint, see `load_batches`. Before and after the loop a
+    signal ends the process, PyTorch then ends its workers, and the launcher the other ranks.
     """
 
     def handler(number: int, frame):
@@ -1811,11 +1820,11 @@ def explain_errors(args: argparse.Namespace, flag: str) -> Iterator[None]:
     except BUGS:
         raise
     except Exception as error:
-        value, trace = getattr(args, flag), "".join(traceback.format_exception(error))
+        value = getattr(args, flag)
         while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # the reason, for example a full disk
         reason = str(error).strip() if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        if re.search("LocalEntryNotFoundError|not cached locally", trace):
+        if re.search("LocalEntryNotFoundError|not cached locally", traceback.format_exc()):
             reason = "it is not a local folder, not in the cache, and the Hub cannot be reached"
         path = Path(str(value))
         for file in [path, *path.rglob("*")]:
@@ -2118,7 +2127,8 @@ on {accelerator.num_processes} x {accelerator.device.type}:
 
 
 def push_to_hub(args: argparse.Namespace, global_step: int):
-    """Uploads card, curve, last images and all parts of both pipelines; no checkpoints, logs or data."""
+    """Uploads card, curve, last images and all parts of both pipelines, once, at the end of the run; no
+    checkpoints, logs or data. `check_destinations` has created the repo at the start."""
     names = ["README.md", "model_index.json", "loss.png", f"samples/step-{global_step:07d}-*"]
     components = json.loads((args.output_dir / "model_index.json").read_text())
     names += [f"{folder}/*" for folder in ("prior_pipeline", *components)]

@@ -389,7 +389,7 @@ def make_augmentations(args: argparse.Namespace, size: tuple[int, int]) -> list[
     """The random transforms of training images, from PIL image to PIL image. Add yours here.
 
     Their input is at least as large as `size`, (height, width): the square of --resolution, or the bucket's
-    size. Its center is cropped to `size` afterwards. They may use the default generators of torch, Python and
+    size. Their output is center-cropped to `size`. They may use the default generators of torch, Python and
     numpy, which are seeded for each sample. Held-out rows are not augmented, and --cache_latents is rejected
     if there is any augmentation.
     """
@@ -422,8 +422,8 @@ def make_image_transforms(
 
 def list_captions(row: dict, args: argparse.Namespace) -> list[str]:
     """A row's captions, a string or a list of strings, as a list. Change their text here: the result is
-    trained on, cached and compared on resuming. Validation prompts are not changed. A row has only the
-    columns that `load_train_dataset` selects.
+    trained on, cached, and compared on resuming, which is refused if it differs. Validation prompts are not
+    changed. A row has only the columns that `load_train_dataset` selects.
 
     Raises:
         ValueError: if they are neither.
@@ -480,7 +480,7 @@ def load_model(
     args: argparse.Namespace, flag: str, model_class: type, subfolder: str, checkpoint=None, **settings
 ):
     """Loads the part in `subfolder` of the model that a flag names, or of a checkpoint."""
-    with explain_errors(args, flag):
+    with explain_errors(args, "resume_from_checkpoint" if checkpoint else flag):
         return model_class.from_pretrained(
             checkpoint or getattr(args, flag), subfolder=subfolder, cache_dir=args.cache_dir, **settings
         )
@@ -513,10 +513,10 @@ def load_prior(
     """The prior in float32, pretrained or as `save_prior` wrote it to the checkpoint. Freeze parameters or
     add LoRA at the end.
 
-    With LoRA, load the pretrained prior also on resuming, and then the checkpoint's adapter. `save_prior`,
-    for checkpoints and the result, must write the adapter and, for the pipelines, a copy of the prior with
-    the adapter merged. --use_ema must be refused, since `load_ema` does not call this function. Nothing else
-    changes: the README has the diff.
+    With LoRA, load the pretrained prior also on resuming, and then the checkpoint's adapter. `save_prior`
+    must write both the adapter and a copy of the prior with the adapter merged, for checkpoints as for
+    pipelines. --use_ema must be refused, since `load_ema` does not call this function. Nothing else changes:
+    the README has the diff.
     """
     prior = load_model(
         args, PRIOR_FLAG, wuerstchen.WuerstchenPrior, "prior", checkpoint, torch_dtype=torch.float32
@@ -711,7 +711,7 @@ def check_finite(accelerator: Accelerator, loss: float, grad_norm: float, step: 
     if diverged:
         raise SystemExit(
             f"stopped before step {step}: loss {loss}, gradient norm {grad_norm}, rows {rows}; "
-            f"the checkpoints in {accelerator.project_dir} are good"
+            f"the last checkpoint in {accelerator.project_dir}, if any, is good"
         )
 
 
@@ -1214,7 +1214,8 @@ BATCH_TIMEOUT = 10  # seconds without a batch, after which slow storage is repor
 def bucket_sizes(resolution: int) -> np.ndarray:
     """The sizes of --aspect_ratio_buckets, (height, width) in pixels, (num_sizes, 2): of all ASPECT_RATIOS,
     multiples of 32 with about as many latents as the square of `resolution`. At 768 that is 567 to 588.
-    Return sizes of your own here, also multiples of 32. `choose_sizes` chooses among them by shape alone."""
+    Return sizes of your own here, also multiples of 32. `choose_sizes` chooses among them by shape alone, so
+    two sizes of one shape need an edit there."""
     roots = np.sqrt([ratio**sign for ratio in ASPECT_RATIOS for sign in (1, -1)])
     sides = math.ceil(resolution / STRIDE) * np.stack([1 / roots, roots], axis=1)
     return STRIDE * np.unique(sides.round().clip(1).astype(int), axis=0)
@@ -1768,8 +1769,9 @@ def deferred_signals(received: list[int]) -> Iterator[None]:
     A signal on any rank takes effect on all after the next step, in which they agree to stop: a save or a
     validation is finished first. A checkpoint is saved, but no result: resuming writes it, also after the
     last step. This must fit in the time until the launcher or the scheduler kills the ranks (torchrun: 30 s).
-    A rank that waits for storage stops without a checkpoint, see `load_batches`. Before and after the loop a
-    signal ends the process, PyTorch then ends its workers, and the launcher the other ranks.
+    A rank that waits for storage stops without a checkpoint, see `load_batches`. After the last step there is
+    no agreement: the rank stops when the checkpoint is saved. Before and after the loop a signal ends the
+    process. When a rank has ended, PyTorch ends its workers, and the launcher the other ranks.
     """
 
     def handler(number: int, frame):

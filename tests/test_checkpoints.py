@@ -490,24 +490,26 @@ def test_a_moved_data_set_foreign_lines_and_a_foreign_folder_do_not_matter(train
     assert [path.read_text() for path in run_copy.rglob("mine.txt")] == ["mine"]
 
 
-@pytest.mark.parametrize("content", ["code", "zeros", "another version"])
+@pytest.mark.parametrize("content", ["code", "zeros", "a prior of zeros", "another version"])
 def test_a_checkpoint_of_other_content_is_one_line_and_runs_no_code(train, run_copy, tmp_path, content):
     checkpoint, state = run_copy / "checkpoint-2", script.read_state(run_copy / "checkpoint-2")
-    file = checkpoint / "optimizer.bin"
+    prior = checkpoint / "prior" / "diffusion_pytorch_model.safetensors"
+    file = prior if content == "a prior of zeros" else checkpoint / "optimizer.bin"
     if content == "code":  # it makes a folder when it is unpickled
         code = type("Code", (), {"__reduce__": lambda self: (os.mkdir, (str(tmp_path / "ran"),))})
         torch.save({"optimizer": code(), "scaler": None}, file)
-    elif content == "zeros":
+    elif content.endswith("zeros"):
         file.write_bytes(bytes(file.stat().st_size))
     else:  # 892205b
         sizes = {"num_processes": 1, "train_batch_size": 2, "gradient_accumulation_steps": 1}
         rows = {name: state["plan"][name] for name in ("seed", "num_rows", "rows_hash")}
         state |= {"plan": rows | {"bucket_rows": {}} | sizes, "digests": {}}
         del state["validated_step"]
-    state["files"]["optimizer.bin"] = file.stat().st_size
+    state["files"][str(file.relative_to(checkpoint))] = file.stat().st_size
     (checkpoint / script.STATE_FILE).write_text(json.dumps(state))
     run = train(**LONGER | {"resume_from_checkpoint": checkpoint}, output_dir=run_copy)
-    assert "checkpoint-2" in run.error()
+    flag = "" if content == "another version" else "--resume_from_checkpoint="
+    assert run.error().startswith(f"{flag}{checkpoint}")
     assert not (tmp_path / "ran").exists()
     if content == "code":
         torch.load(file, weights_only=False)

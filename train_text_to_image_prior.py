@@ -649,9 +649,10 @@ def sample_noise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Standard normal noise, (B, *shape), and uniform random numbers in [0, 1), (B,), both float32.
 
-    Both follow from `key`, (seed, "noise") or (seed, "held out"), and a sample's position, its index among
-    all samples of the run (`order_batches`) or among the held-out rows, on any device and any number of
-    processes.
+    Both are drawn on the CPU, with a seed from `key`, (args.seed, "noise") or (args.seed, "held out"), and a
+    sample's position, its index among all samples of the run (`order_batches`) or among the held-out rows: on
+    any device and any number of processes they are the same. Without --seed, args.seed is the checkpoint's,
+    or chosen at random in a new run.
     """
     noise, uniform = [], []
     for position in positions:
@@ -1766,12 +1767,15 @@ def end_training(accelerator: Accelerator):
 def deferred_signals(received: list[int]) -> Iterator[None]:
     """Appends stop signals to `received` during the training loop; Ctrl-C after another signal exits at once.
 
-    A signal on any rank takes effect on all after the next step, in which they agree to stop: a save or a
-    validation is finished first. A checkpoint is saved, but no result: resuming writes it, also after the
-    last step. This must fit in the time until the launcher or the scheduler kills the ranks (torchrun: 30 s).
-    A rank that waits for storage stops without a checkpoint, see `load_batches`. After the last step there is
-    no agreement: the rank stops when the checkpoint is saved. Before and after the loop a signal ends the
-    process. When a rank has ended, PyTorch ends its workers, and the launcher the other ranks.
+    In the loop, a rank with a signal finishes a save or a validation, and then the next step, in which all
+    ranks agree to stop. They save a checkpoint, but no result, which resuming writes, and exit with status
+    128 + signal, or 74 if the checkpoint could not be saved. After the last step there is no agreement: the
+    rank exits alone when the checkpoint is saved. A rank that waits for storage exits without a checkpoint
+    (`load_batches`). All this must fit in the time until the launcher or the scheduler kills the ranks
+    (torchrun: 30 s).
+
+    Before and after the loop a signal ends the process at once. When a rank has ended, PyTorch ends its
+    workers, and the launcher the other ranks.
     """
 
     def handler(number: int, frame):

@@ -594,8 +594,8 @@ def make_optimizer(prior: torch.nn.Module, args: argparse.Namespace) -> torch.op
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, first_step: int):
     """The schedule, which multiplies each parameter group's learning rate by a factor that depends on the
-    step, from `first_step` on. A new one depends on the step alone, and needs a name in --lr_scheduler's
-    choices, of which the first is the default."""
+    step, from `first_step` on. A new one must depend on the step alone. Append its name to the choices of
+    --lr_scheduler in `parse_args`, after `sorted`, since the first choice is the default."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     # Skipped fp16 steps still advance the schedule. PyTorch warns if the first one is skipped.
@@ -1421,7 +1421,8 @@ def cache_key(dataset, sizes, rows_hash: str, args: argparse.Namespace, tokenize
     """A hash of what the cache depends on: the rows in use, with captions, files (by the fingerprint of
     `datasets`) and sizes in pixels; the encoders' dtype and weights; tokens and pixels of 8 rows as
     preprocessed now; and the source of `embed_captions`, `embed_images` and `normalize_pixels`. After an edit
-    that these do not show, for example of the image encoder's code, delete the cache."""
+    that these do not show, for example of the image encoder's code or of `load_image` for few images, delete
+    the cache."""
     sources = [inspect.getsource(function) for function in (embed_captions, embed_images, normalize_pixels)]
     tensors = [tensor for encoder in encoders for tensor in encoder.state_dict().values()]
     for row in np.linspace(0, len(dataset) - 1, 8).astype(int).tolist():
@@ -1646,7 +1647,8 @@ def save_checkpoint(
             sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
             (partial / STATE_FILE).write_text(json.dumps(state | {"files": sizes}, indent=2))
             flush_to_disk(partial)
-            with contextlib.suppress(FileNotFoundError):  # an incomplete one, or a folder of the user's
+            with contextlib.suppress(FileNotFoundError):
+                # Keeps an incomplete checkpoint, or a folder of the user's, of this name.
                 checkpoint.rename(f"{checkpoint}.{time.time_ns()}")
             partial.rename(checkpoint)
             saved = True
@@ -1769,10 +1771,10 @@ def deferred_signals(received: list[int]) -> Iterator[None]:
 
     In the loop, a rank with a signal finishes a save or a validation, and then the next step, in which all
     ranks agree to stop. They save a checkpoint, but no result, which resuming writes, and exit with status
-    128 + signal, or 74 if the checkpoint could not be saved. After the last step there is no agreement: the
-    rank exits alone when the checkpoint is saved. A rank that waits for storage exits without a checkpoint
-    (`load_batches`). All this must fit in the time until the launcher or the scheduler kills the ranks
-    (torchrun: 30 s).
+    128 + signal (SIGTERM's for the other ranks), or 74 if the checkpoint could not be saved. During the last
+    checkpoint, which no step follows, there is no agreement: the rank exits alone when it is saved. A rank
+    that waits for storage exits without a checkpoint (`load_batches`). All this must fit in the time until
+    the launcher or the scheduler kills the ranks (torchrun: 30 s).
 
     Before and after the loop a signal ends the process at once. When a rank has ended, PyTorch ends its
     workers, and the launcher the other ranks.
